@@ -1,0 +1,6 @@
+//! A host that mediates passthrough VFIO devices through vendor plug-ins and live-migrates them.
+//!
+//! Modules, arrows only downward: `control -> {frontend, migration} -> mediation -> {plugin, device, memory} -> sys`.
+
+pub mod device;
+pub mod sys;

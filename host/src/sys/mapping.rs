@@ -1,0 +1,124 @@
+//! Shared memory in this process: guest RAM, device regions, scratch.
+//!
+//! A [`Mapping`] is only ever read and written through raw pointers, since a guest, a device or another process may
+//! write it at any time: no Rust reference to its bytes exists.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use memmap2::{MmapOptions, MmapRaw};
+
+/// A shared mapping of known length. Unmapped when dropped.
+#[derive(Debug)]
+pub struct Mapping {
+    map: MmapRaw,
+}
+
+/// An access outside the mapping, or a mapping that could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MappingError {
+    #[error("{length} bytes at {offset:#x} lie outside a mapping of {size} bytes")]
+    OutOfBounds { offset: u64, length: u64, size: u64 },
+    #[error("{length} bytes at {offset:#x} are not aligned to their size")]
+    Misaligned { offset: u64, length: u64 },
+    #[error("mapping {length} bytes at file offset {offset:#x}")]
+    Map { offset: u64, length: u64, source: std::io::Error },
+}
+
+impl Mapping {
+    /// Maps `length` bytes of `fd` at `offset`, shared, for reading and writing.
+    pub fn new(fd: impl AsFd, offset: u64, length: u64) -> Result<Self, MappingError> {
+        let fail = |source| MappingError::Map { offset, length, source };
+        let size = usize::try_from(length).map_err(|_| fail(std::io::ErrorKind::OutOfMemory.into()))?;
+        if size == 0 {
+            return Err(fail(std::io::ErrorKind::InvalidInput.into()));
+        }
+        // The length is always given: a character device without one maps zero bytes and reports success.
+        let raw_fd = std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd());
+        let map = MmapOptions::new().len(size).offset(offset).map_raw(raw_fd).map_err(fail)?;
+        Ok(Self { map })
+    }
+
+    pub fn len(&self) -> u64 {
+        self.map.len() as u64
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.map.len() == 0
+    }
+
+    /// The first byte's address in this process, for system calls that take one (DMA map, PAGEMAP_SCAN).
+    pub fn address(&self) -> u64 {
+        self.map.as_ptr() as u64
+    }
+
+    /// Where `offset` is, if `length` bytes from there lie inside.
+    fn at(&self, offset: u64, length: u64) -> Result<*mut u8, MappingError> {
+        let size = self.len();
+        match offset.checked_add(length) {
+            // SAFETY: `offset <= size`, the mapping's length, so the pointer stays within it or one past its end.
+            Some(end) if end <= size => Ok(unsafe { self.map.as_mut_ptr().add(offset as usize) }),
+            _ => Err(MappingError::OutOfBounds { offset, length, size }),
+        }
+    }
+
+    /// Copies out. The bytes may be torn if somebody writes them meanwhile; they are never undefined for *us*, since the
+    /// copy's source is not a Rust object.
+    pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), MappingError> {
+        let source = self.at(offset, data.len() as u64)?;
+        // SAFETY: `at` checked the source's bounds; `data` is ours and cannot overlap a mapping nobody has references to.
+        unsafe { std::ptr::copy_nonoverlapping(source, data.as_mut_ptr(), data.len()) };
+        Ok(())
+    }
+
+    /// Copies in.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), MappingError> {
+        let target = self.at(offset, data.len() as u64)?;
+        // SAFETY: as in `read`.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), target, data.len()) };
+        Ok(())
+    }
+
+    /// Sets `length` bytes to `value`.
+    pub fn fill(&self, offset: u64, length: u64, value: u8) -> Result<(), MappingError> {
+        let target = self.at(offset, length)?;
+        // SAFETY: `at` checked the bounds.
+        unsafe { std::ptr::write_bytes(target, value, length as usize) };
+        Ok(())
+    }
+
+    fn aligned(&self, offset: u64, length: u64) -> Result<*mut u8, MappingError> {
+        let pointer = self.at(offset, length)?;
+        if !(pointer as u64).is_multiple_of(length) {
+            return Err(MappingError::Misaligned { offset, length });
+        }
+        Ok(pointer)
+    }
+
+    /// One 32-bit load, as a register access.
+    pub fn load_u32(&self, offset: u64, order: Ordering) -> Result<u32, MappingError> {
+        let pointer = self.aligned(offset, 4)?;
+        // SAFETY: in bounds and aligned; an atomic may be shared with any other accessor of the same width.
+        Ok(unsafe { AtomicU32::from_ptr(pointer.cast()) }.load(order))
+    }
+
+    pub fn store_u32(&self, offset: u64, value: u32, order: Ordering) -> Result<(), MappingError> {
+        let pointer = self.aligned(offset, 4)?;
+        // SAFETY: as in `load_u32`.
+        unsafe { AtomicU32::from_ptr(pointer.cast()) }.store(value, order);
+        Ok(())
+    }
+
+    pub fn load_u64(&self, offset: u64, order: Ordering) -> Result<u64, MappingError> {
+        let pointer = self.aligned(offset, 8)?;
+        // SAFETY: as in `load_u32`.
+        Ok(unsafe { AtomicU64::from_ptr(pointer.cast()) }.load(order))
+    }
+
+    pub fn store_u64(&self, offset: u64, value: u64, order: Ordering) -> Result<(), MappingError> {
+        let pointer = self.aligned(offset, 8)?;
+        // SAFETY: as in `load_u32`.
+        unsafe { AtomicU64::from_ptr(pointer.cast()) }.store(value, order);
+        Ok(())
+    }
+}
