@@ -5,5 +5,11 @@
 #![allow(unsafe_code)]
 
 mod mapping;
+mod memfd;
+mod pagemap;
+mod uffd;
 
 pub use mapping::{Mapping, MappingError};
+pub use memfd::{Seal, memfd, seal};
+pub use pagemap::Pagemap;
+pub use uffd::AsyncWriteProtect;
