@@ -2,4 +2,5 @@
 #![allow(non_local_definitions)] // abi_stable's derive
 
 pub mod abi;
+pub mod layout;
 pub mod state;
