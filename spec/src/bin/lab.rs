@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 use clap::Parser;
 use serde_json::json;
 use vfio_mediate_spec::lab::cases::{Case, Programs, all};
-use vfio_mediate_spec::lab::{Lab, boot, boot_pair};
+use vfio_mediate_spec::lab::{Lab, Machine, boot, boot_pair};
 
 /// Runs the cases on a real kernel: an emulated machine with an IOMMU, vfio-pci, SR-IOV VFs and edu devices.
 ///
@@ -33,6 +33,9 @@ struct Cli {
     /// Everything that the machines print
     #[arg(long, short)]
     verbose: bool,
+    /// Run this script in a machine instead of the cases, and pass its output and exit code on
+    #[arg(long, value_name = "SCRIPT")]
+    script: Option<String>,
     /// Where the lab is kept [default: .cache/lab of the workspace]
     #[arg(long, env = "VFIO_MEDIATE_LAB", value_name = "DIR")]
     folder: Option<PathBuf>,
@@ -68,6 +71,11 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
     let lab = Lab::prepare(&folder)?;
     if !cli.json {
         println!("lab: {}", lab.versions()?);
+    }
+    if let Some(script) = &cli.script {
+        let mut machine = Machine::new(script);
+        machine.files = [programs.device_suite, programs.demo, programs.host, programs.plugin_edu].into();
+        return Ok(boot(&lab, &machine, |line| println!("{line}"))?.exit_code == 0);
     }
     let (mut passed, mut failed) = (0, 0);
     for case in cases.iter().filter(|case| cli.only.is_empty() || cli.only.iter().any(|name| name == case.name)) {
