@@ -6,6 +6,7 @@
 
 mod error;
 mod types;
+pub mod vfio;
 
 pub use error::{DeviceError, ErrorKind};
 pub use types::*;
