@@ -3,4 +3,5 @@
 //! Modules, arrows only downward: `control -> {frontend, migration} -> mediation -> {plugin, device, memory} -> sys`.
 
 pub mod device;
+pub mod mediation;
 pub mod sys;

@@ -5,5 +5,7 @@
 #![allow(unsafe_code)]
 
 mod mapping;
+mod membarrier;
 
 pub use mapping::{Mapping, MappingError};
+pub use membarrier::AsymmetricFence;

@@ -1,0 +1,2 @@
+//! Mediation.
+pub mod gate;
