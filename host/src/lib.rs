@@ -4,4 +4,5 @@
 
 pub mod device;
 pub mod mediation;
+pub mod memory;
 pub mod sys;

@@ -6,6 +6,12 @@
 
 mod mapping;
 mod membarrier;
+mod memfd;
+mod pagemap;
+mod uffd;
 
 pub use mapping::{Mapping, MappingError};
 pub use membarrier::AsymmetricFence;
+pub use memfd::{Seal, memfd, seal};
+pub use pagemap::Pagemap;
+pub use uffd::AsyncWriteProtect;
