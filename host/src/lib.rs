@@ -6,4 +6,5 @@ pub mod device;
 pub mod mediation;
 pub mod memory;
 pub mod migration;
+pub mod plugin;
 pub mod sys;
