@@ -300,7 +300,7 @@ impl DirtyBitmap<'_> {
     /// # Safety
     /// `words` points at one bit per page of the range, rounded up to whole words, exclusively the caller's during `'a`.
     pub unsafe fn from_raw(iova: u64, length: u64, page_size: u64, words: *mut u64) -> Result<Self> {
-        let aligned = page_size.is_power_of_two() && iova % page_size == 0 && length % page_size == 0;
+        let aligned = page_size.is_power_of_two() && iova.is_multiple_of(page_size) && length.is_multiple_of(page_size);
         if !aligned || length == 0 || iova.checked_add(length - 1).is_none() || words.is_null() {
             return Err(Errno::EINVAL);
         }

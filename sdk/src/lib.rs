@@ -15,7 +15,9 @@ pub mod export;
 mod hooks;
 pub mod layout;
 mod log;
+pub mod record;
 mod scratch;
+mod shadow;
 pub mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -32,3 +34,4 @@ pub use hooks::{
     Claim, ExtraRegion, IrqAction, IrqClaim, IrqData, IrqRequest, Layout, Maps, MmapFile, MmapRange, Vector,
 };
 pub use scratch::{Scratch, ScratchGuard};
+pub use shadow::Shadow;

@@ -69,13 +69,14 @@ unsafe extern "C" fn check_match<D: Migration>(
         // SAFETY: this call's.
         let (device, cx, data) = unsafe { (device::<D>(state), Context::from_raw(ctx), slice(data, length)?) };
         device.check_match(&cx, data).map(|()| 0).map_err(|refusal| {
-            // SAFETY: the host's structure and its buffer, this call's.
-            if let Some(reason) = unsafe { reason.as_mut() }
-                && let Ok(text) = unsafe { slice_mut(reason.text, reason.capacity) }
-            {
+            // SAFETY: the host's structure, this call's.
+            let reason = unsafe { reason.as_mut() };
+            // SAFETY: its buffer, as above.
+            let text = reason.and_then(|r| Some((unsafe { slice_mut(r.text, r.capacity) }.ok()?, &mut r.length)));
+            if let Some((text, length)) = text {
                 let fits = refusal.reason.floor_char_boundary(text.len());
                 text[..fits].copy_from_slice(&refusal.reason.as_bytes()[..fits]);
-                reason.length = fits;
+                *length = fits;
             }
             refusal.errno
         })

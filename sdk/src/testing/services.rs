@@ -154,7 +154,7 @@ unsafe extern "C" fn mark_dirty(ctx: *const CallContext, iova: u64, length: u64)
 unsafe extern "C" fn scratch_alloc(ctx: *const CallContext, scratch: *mut abi::Scratch) -> i32 {
     // SAFETY: as above.
     let (shared, scratch) = unsafe { (shared(ctx), &mut *scratch) };
-    if scratch.length == 0 || scratch.length % 4096 != 0 || scratch.length > SCRATCH_MAX {
+    if scratch.length == 0 || !scratch.length.is_multiple_of(4096) || scratch.length > SCRATCH_MAX {
         return Errno::EINVAL.status();
     }
     let held = &mut shared.machine().bus.scratch;
