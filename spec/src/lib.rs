@@ -1,1 +1,3 @@
-//! Conformance.
+//! Conformance: suites that any implementation can be put on, the lab that puts the real ones on, and tidy checks.
+
+pub mod device_suite;
