@@ -12,4 +12,6 @@ mod uffd;
 pub use mapping::{Mapping, MappingError};
 pub use memfd::{Seal, memfd, seal};
 pub use pagemap::Pagemap;
+#[cfg(all(test, not(loom)))]
+pub(crate) use pagemap::read_into;
 pub use uffd::AsyncWriteProtect;
