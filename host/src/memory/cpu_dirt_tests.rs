@@ -68,7 +68,7 @@ fn more_runs_than_one_scan_holds_are_all_seen() {
     dirt.collect(&log, 900).unwrap();
     assert_eq!(log.count(), 2048);
     let drain = log.drain();
-    assert!(drain.bitmap().iter_ones().all(|page| page >= 900 && page < 900 + 4096 && page % 2 == 0));
+    assert!(drain.bitmap().iter_ones().all(|page| (900..900 + 4096).contains(&page) && page % 2 == 0));
     drain.commit();
 }
 

@@ -284,7 +284,7 @@ fn concurrent_marks_and_drains_lose_no_page() {
                 copy[page as usize] = bytes[page as usize].load(relaxed);
             }
             // Every other drain fails: what it took comes back.
-            if last || drain.count() % 2 == 0 {
+            if last || drain.count().is_multiple_of(2) {
                 drain.commit();
             }
             if last {
