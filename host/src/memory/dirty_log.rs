@@ -57,13 +57,18 @@ impl DirtyLog {
 
     /// Marks `count` pages from `first`. Call it *after* the bytes are written. Pages outside the log are an error,
     /// returned after those inside have been marked; while stopped, only the range is checked.
+    #[inline]
     pub fn mark_pages(&self, first: u64, count: u64) -> Result<(), MemoryError> {
-        let end = first.saturating_add(count).min(self.pages);
-        if first < end && self.keeps_marks() {
-            self.set_span(first, end);
+        match first.checked_add(count) {
+            Some(end) if end <= self.pages => {
+                self.mark_span(first, end);
+                Ok(())
+            }
+            _ => {
+                self.mark_span(first, self.pages);
+                Err(MemoryError::OutOfRange { first, count, pages: self.pages })
+            }
         }
-        let inside = first.checked_add(count).is_some_and(|end| end <= self.pages);
-        if inside { Ok(()) } else { Err(MemoryError::OutOfRange { first, count, pages: self.pages }) }
     }
 
     /// Marks the pages that `length` bytes at `ram_offset` touch; 0 bytes touch none. Errors as [`Self::mark_pages`].
@@ -140,8 +145,11 @@ impl DirtyLog {
         }
     }
 
-    /// Marks `first .. end`, which is not empty and inside the log.
-    fn set_span(&self, first: u64, end: u64) {
+    /// Marks `first .. end`, which ends inside the log and may be empty.
+    fn mark_span(&self, first: u64, end: u64) {
+        if first >= end || !self.keeps_marks() {
+            return;
+        }
         let (first_word, last_word) = ((first / BITS) as usize, ((end - 1) / BITS) as usize);
         let head = u64::MAX << (first % BITS);
         let tail = u64::MAX >> (BITS - 1 - (end - 1) % BITS);
