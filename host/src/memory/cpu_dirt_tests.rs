@@ -170,3 +170,45 @@ fn a_second_watcher_of_one_mapping_is_refused() {
     drop(vm.dirt);
     CpuDirt::new(Arc::clone(vm.ram.mapping())).unwrap();
 }
+
+/// spec: MEM-35
+#[test]
+fn discarded_pages_are_not_seen_until_they_are_written_again() {
+    let Some(vm) = watched() else { return };
+    vm.ram.mapping().fill(0, PAGES * PAGE_SIZE, 1).unwrap();
+    vm.dirt.arm().unwrap();
+    let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(vm.ram.fd(), punch, 2 * PAGE_SIZE, 2 * PAGE_SIZE).unwrap();
+    let mut byte = [1];
+    vm.ram.mapping().read(2 * PAGE_SIZE, &mut byte).unwrap();
+    assert_eq!(byte, [0]);
+    assert_eq!(vm.collect(), []);
+    vm.ram.mapping().fill(3 * PAGE_SIZE, 1, 1).unwrap();
+    assert_eq!(vm.collect(), [3]);
+}
+
+/// Not a promise: prints what arming and collecting cost here. Run with `--ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn cost_of_arming_and_collecting() {
+    let Some(_) = watched() else { return };
+    let pages = 256 << 10;
+    let ram = GuestRam::new(pages * PAGE_SIZE).unwrap();
+    ram.mapping().fill(0, pages * PAGE_SIZE, 1).unwrap();
+    let dirt = CpuDirt::new(Arc::clone(ram.mapping())).unwrap();
+    let log = DirtyLog::new(pages);
+    log.start();
+    let timed = |what: &str, run: &dyn Fn()| {
+        let begun = std::time::Instant::now();
+        run();
+        eprintln!("{what}: {:?}", begun.elapsed());
+    };
+    timed("arm 1 GiB", &|| dirt.arm().unwrap());
+    timed("collect, none", &|| dirt.collect(&log, 0).unwrap());
+    for (what, every) in [("1 %", 100), ("100 %", 1)] {
+        timed(&format!("store to {what}"), &|| {
+            (0..pages).step_by(every).for_each(|page| ram.mapping().fill(page * PAGE_SIZE, 1, 2).unwrap());
+        });
+        timed(&format!("collect {what}"), &|| dirt.collect(&log, 0).unwrap());
+    }
+}

@@ -346,3 +346,54 @@ fn names_open_devices_and_wrong_names_say_what_is_right() {
     }
     assert!(matches!(open("sim:edu?clock=sun"), Err(SpecError::BadValue { .. })));
 }
+
+/// Moves a device's state; the source is stopped before the destination runs.
+fn migrate(source: &Stateful, destination: &Stateful) -> Result<()> {
+    let mut buffer = [0; 8192];
+    let mut copy = || -> Result<()> {
+        loop {
+            match source.read(&mut buffer)? {
+                0 => return Ok(()),
+                count => destination.write(&buffer[..count])?,
+            }
+        }
+    };
+    source.set_state(PreCopy)?;
+    destination.set_state(Resuming)?;
+    copy()?;
+    source.set_state(StopCopy)?;
+    copy()?;
+    source.set_state(Stop)?;
+    destination.set_state(Running)
+}
+
+/// spec: SIM-35
+#[test]
+fn a_fault_at_every_step_of_a_migration_is_met_once_and_can_be_undone() {
+    let pair = |faults: &Arc<FaultPlan>| {
+        [(); 2].map(|()| {
+            let options = StatefulOptions { faults: Arc::clone(faults), ..StatefulOptions::default() };
+            Stateful::new(options).unwrap()
+        })
+    };
+    let count = FaultPlan::none();
+    let [source, destination] = pair(&count);
+    migrate(&source, &destination).unwrap();
+    let steps = count.steps();
+    assert!(steps > 20, "{steps}");
+    for fault in [Fault::Errno(Errno::IO), Fault::Lose] {
+        for step in 0..steps {
+            let faults = FaultPlan::at(step, fault);
+            let [source, destination] = pair(&faults);
+            let error = migrate(&source, &destination).unwrap_err();
+            assert_eq!((faults.injected(), faults.steps()), (1, step + 1), "{:?}", faults.trace());
+            let expected = if fault == Fault::Lose { ErrorKind::Lost } else { ErrorKind::Failed };
+            assert_eq!(error.kind, expected);
+            // What only failed can be undone: the source goes on, the destination is cleaned by a reset.
+            if fault != Fault::Lose {
+                source.set_state(Running).unwrap();
+                destination.reset().unwrap();
+            }
+        }
+    }
+}
