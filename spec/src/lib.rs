@@ -1,1 +1,3 @@
-//! Conformance.
+//! Conformance suites, the lab, and the tidy checks of vfio-mediate.
+
+pub mod lab;
