@@ -1,4 +1,4 @@
-//! Conformance: suites that any implementation can be put on, the lab that puts the real ones on, and tidy checks.
+//! Conformance suites, the lab, and the tidy checks of vfio-mediate.
 
 pub mod device_suite;
 pub mod lab;

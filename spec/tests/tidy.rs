@@ -120,7 +120,10 @@ fn unsafe_code_is_allowed_only_in_its_homes() {
     for path in files_with("rs", &root()) {
         let name = shown(&path);
         if !may_be_unsafe(&name) {
-            assert!(!text(&path).contains(permission), "{name} permits unsafe code: only sys, plugin/ffi and the sdk may");
+            assert!(
+                !text(&path).contains(permission),
+                "{name} permits unsafe code: only sys, plugin/ffi and the sdk may"
+            );
         }
     }
 }
@@ -166,10 +169,17 @@ fn declared_ids() -> BTreeMap<String, String> {
     for path in files_with("md", &root().join("spec")) {
         for line in text(&path).lines() {
             let item = line.trim_start().trim_start_matches(['-', '*', ' ']);
-            let Some(id) = item.strip_prefix('[').and_then(|rest| rest.split_once(']')).map(|(id, _)| id) else { continue };
+            let Some(id) = item.strip_prefix('[').and_then(|rest| rest.split_once(']')).map(|(id, _)| id) else {
+                continue;
+            };
             if is_id(id) {
                 let before = ids.insert(id.to_owned(), shown(&path));
-                assert!(before.is_none(), "{id} is declared twice: {} and {}", shown(&path), before.unwrap_or_default());
+                assert!(
+                    before.is_none(),
+                    "{id} is declared twice: {} and {}",
+                    shown(&path),
+                    before.unwrap_or_default()
+                );
             }
         }
     }

@@ -19,6 +19,9 @@ pub struct Cli {
     pub demo: Demo,
 }
 
+/// QEMU's edu reaches 28 bits by default, which the demo's guest would fill to the last page.
+const SIMULATED: &str = "sim:edu?dma_mask=0xffffffffffffffff";
+
 const EXAMPLES: &str = "Examples:
   cargo demo
   cargo demo -- --memory 1G --dirty-rate 20000
@@ -40,11 +43,11 @@ pub enum Role {
 pub struct Demo {
     #[command(flatten)]
     pub load: Load,
-    /// The source's device: sim:edu, or vfio:ADDRESS for a real one
-    #[arg(long, default_value = "sim:edu", value_name = "DEVICE")]
+    /// The source's device: a simulated edu (which reaches all memory), or vfio:ADDRESS for a real one
+    #[arg(long, default_value = SIMULATED, value_name = "DEVICE")]
     pub source_device: String,
     /// The destination's device
-    #[arg(long, default_value = "sim:edu", value_name = "DEVICE")]
+    #[arg(long, default_value = SIMULATED, value_name = "DEVICE")]
     pub destination_device: String,
     /// Write what happened as JSON
     #[arg(long, value_name = "FILE")]

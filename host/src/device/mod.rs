@@ -5,6 +5,7 @@
 //! Locks: each implementation's own, never held while a caller's code runs.
 
 mod error;
+pub mod sim;
 mod types;
 pub mod vfio;
 

@@ -9,8 +9,18 @@ mod ioctl;
 pub mod iommufd;
 mod iospace;
 mod mapping;
+mod membarrier;
+mod memfd;
+mod pagemap;
+mod uffd;
 pub mod vfio;
 
 pub use eventfd::EventFd;
 pub use iospace::{IoMap, IoSpace};
 pub use mapping::{Mapping, MappingError};
+pub use membarrier::AsymmetricFence;
+pub use memfd::{Seal, memfd, seal};
+pub use pagemap::Pagemap;
+#[cfg(all(test, not(loom)))]
+pub(crate) use pagemap::read_into;
+pub use uffd::AsyncWriteProtect;
