@@ -8,4 +8,5 @@ pub mod frontend;
 pub mod mediation;
 pub mod memory;
 pub mod migration;
+pub mod plugin;
 pub mod sys;

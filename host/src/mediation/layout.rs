@@ -70,7 +70,8 @@ fn validated(info: &RegionInfo, areas: &[Area]) -> Result<Vec<Area>, LayoutError
 
 /// `areas` (ascending, disjoint) without any page that `claims` touch. What is left is on page boundaries.
 pub fn subtract(areas: &[Area], claims: &[Area]) -> Vec<Area> {
-    let mut taken: Vec<(u64, u64)> = claims.iter().filter(|claim| claim.length != 0).map(|claim| pages_of(*claim)).collect();
+    let mut taken: Vec<(u64, u64)> =
+        claims.iter().filter(|claim| claim.length != 0).map(|claim| pages_of(*claim)).collect();
     taken.sort_unstable();
     let mut left = Vec::new();
     for area in areas {

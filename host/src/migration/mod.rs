@@ -6,4 +6,12 @@
 //! the fault sweep is where it is shown. Must never know a front-end: a VMM is reached through the embedding's port.
 //! Locks: none of its own. One thread drives one side of one migration.
 
+pub mod cause;
+pub mod destination;
+pub mod driver;
+pub mod journal;
+pub mod policy;
+pub mod report;
+pub mod source;
+pub mod transport;
 pub mod wire;

@@ -1,3 +1,5 @@
+//! The table of maps over a kernel that only keeps a list.
+
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::*;

@@ -21,4 +21,6 @@ pub use mapping::{Mapping, MappingError};
 pub use membarrier::AsymmetricFence;
 pub use memfd::{Seal, memfd, seal};
 pub use pagemap::Pagemap;
+#[cfg(all(test, not(loom)))]
+pub(crate) use pagemap::read_into;
 pub use uffd::AsyncWriteProtect;

@@ -1,3 +1,5 @@
+//! Chains as the kernel makes them, and as it never should.
+
 use proptest::prelude::*;
 
 use super::*;

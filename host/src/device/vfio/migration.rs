@@ -55,6 +55,11 @@ impl Migration {
         stream.ok_or_else(|| self.error(format!("{what}: no migration stream is open"), Errno::INVAL))
     }
 
+    /// A reset ends every stream.
+    pub fn was_reset(&self) {
+        self.replace_stream(None);
+    }
+
     fn replace_stream(&self, stream: Option<OwnedFd>) {
         let old = {
             let mut slot = self.stream.lock().unwrap_or_else(PoisonError::into_inner);

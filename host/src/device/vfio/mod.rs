@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use rustix::io::{self, Errno};
 use vfio_bindings::bindings::vfio::*;
+use vfio_mediate_sdk::state::DeviceState;
 
 pub use caps::ChainError;
 pub use iommu::Iommu;
@@ -110,8 +111,27 @@ impl VfioDevice {
             fd,
             membership,
         };
+        device.begin_running()?;
         device.read_identity()?;
         Ok(device)
+    }
+
+    /// A driver may keep the migration state that the device's last user left, without the stream that belonged to it.
+    fn begin_running(&self) -> Result<()> {
+        let Some(migration) = &self.migration else { return Ok(()) };
+        let state = migration.state()?;
+        if state == DeviceState::Running {
+            return Ok(());
+        }
+        tracing::warn!(device = self.identity.name, %state, "its last user left it in this migration state: resetting it");
+        self.reset()?;
+        match migration.state()? {
+            DeviceState::Running => Ok(()),
+            state => {
+                Err(self
+                    .error(format!("open: its last user left it in {state}, and a reset does not help"), Errno::BUSY))
+            }
+        }
     }
 
     /// Fills in who the device says it is.
@@ -302,12 +322,22 @@ impl Device for VfioDevice {
             .map_err(|errno| self.error(what(), errno))
     }
 
+    /// Asked of the driver even without `VFIO_DEVICE_FLAGS_RESET`: mdev drivers reset and do not say so. vfio-pci answers
+    /// EINVAL for a function without a reset; that is ENOTTY here, whatever the driver.
     fn reset(&self) -> Result<()> {
-        let what = "reset";
-        if self.info.flags & VFIO_DEVICE_FLAGS_RESET == 0 {
-            return Err(self.error("reset: the device has none of any kind", Errno::NOTTY));
+        let declared = self.info.flags & VFIO_DEVICE_FLAGS_RESET != 0;
+        match vfio::reset(self.fd.as_fd()) {
+            Err(Errno::INVAL | Errno::NOTTY) if !declared => {
+                Err(self.error("reset: the device has none of any kind", Errno::NOTTY))
+            }
+            Err(errno) => Err(self.error("reset", errno)),
+            Ok(()) => {
+                if let Some(migration) = &self.migration {
+                    migration.was_reset();
+                }
+                Ok(())
+            }
         }
-        vfio::reset(self.fd.as_fd()).map_err(|errno| self.error(what, errno))
     }
 
     fn dma_map(&self, map: &DmaMap) -> Result<()> {

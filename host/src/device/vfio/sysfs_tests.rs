@@ -1,3 +1,5 @@
+//! A machine in a directory: what sysfs would say, and what we make of it.
+
 use std::fs::{create_dir_all, write};
 use std::os::unix::fs::symlink;
 
