@@ -89,6 +89,7 @@ fn only_the_dma_registers_are_claimed() {
     assert_eq!(claims, [(BAR, 0x80, 0x20, abi::MAP_NORMAL | abi::MAP_TRACKING)]);
 }
 
+/// spec: EDU-STATE
 #[test]
 fn everything_visible_arrives_whatever_the_cuts() {
     for (save, load) in [(1, 4096), (4096, 1), (7, 13), (1 << 20, 1 << 20)] {
@@ -202,6 +203,7 @@ fn identity_goes_out_in_pre_copy_and_is_refused_there() {
     assert!(refusal.reason.contains("0x010000ed") && refusal.reason.contains("0x010100ed"), "{}", refusal.reason);
 }
 
+/// spec: EDU-REFUSE
 #[test]
 fn a_short_a_foreign_and_a_reordered_state_are_refused_before_the_device_is_touched() {
     let (a, b) = (host(), host());
