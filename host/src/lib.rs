@@ -3,4 +3,9 @@
 //! Modules, arrows only downward: `control -> {frontend, migration} -> mediation -> {plugin, device, memory} -> sys`.
 
 pub mod device;
+pub mod frontend;
+pub mod mediation;
+pub mod memory;
+pub mod migration;
+pub mod plugin;
 pub mod sys;

@@ -160,9 +160,15 @@ impl<'a> Context<'a> {
     /// DMA memory outside the guest's: `length` bytes, a multiple of 4096, at most 16 MiB. Freed when the guard is dropped;
     /// [`ScratchGuard::keep`] keeps it for the device's life.
     pub fn scratch(&self, length: u64) -> Result<ScratchGuard<'a>> {
+        self.scratch_below(length, 0)
+    }
+
+    /// [`Self::scratch`] for a device that reaches only addresses below 2 to the power `address_bits`; 0 for all.
+    /// ENOSPC when guest memory leaves no room there.
+    pub fn scratch_below(&self, length: u64, address_bits: u32) -> Result<ScratchGuard<'a>> {
         let mut raw = abi::Scratch {
             struct_size: size32::<abi::Scratch>(),
-            reserved: 0,
+            address_bits,
             iova: 0,
             length,
             ptr: std::ptr::null_mut(),

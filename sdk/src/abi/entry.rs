@@ -70,7 +70,7 @@ pub const PROBE_CLAIM: i32 = 1;
 
 /// A plug-in: who it is, which devices it knows, how to open one.
 #[repr(C)]
-#[derive(Debug, StableAbi)]
+#[derive(Debug, Clone, Copy, StableAbi)]
 pub struct Plugin {
     pub struct_size: u32,
     pub reserved: u32,

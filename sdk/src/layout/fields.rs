@@ -96,7 +96,7 @@ layouts! {
     RegionHooks { struct_size, reserved, rw, region_info, mmap }
     RegionInfo { struct_size, index, flags, reserved, size }
     Remaining { struct_size, reserved, initial_bytes, dirty_bytes, stop_copy_bytes }
-    Scratch { struct_size, reserved, iova, length, ptr }
+    Scratch { struct_size, address_bits, iova, length, ptr }
 }
 
 const fn fingerprint_of(structs: &[StructLayout]) -> u64 {
