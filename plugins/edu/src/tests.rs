@@ -154,7 +154,7 @@ fn a_dma_that_goes_elsewhere_fails_the_arc_and_loses_nothing() {
     let a = host();
     let mut source = busy(&a);
     let before = visible(&a, &source);
-    a.with(|edu, _| edu.dma_mask = (1 << 28) - 1);
+    a.with(|edu, _| edu.dma_mask = RAM as u64 - 1);
     source.walk(Running, Stop).unwrap();
     let failed = source.set_state(Stop, StopCopy).unwrap_err();
     assert_eq!(failed, ArcFailed { errno: Errno::EIO, actual: Stop });
@@ -163,10 +163,24 @@ fn a_dma_that_goes_elsewhere_fails_the_arc_and_loses_nothing() {
 
     let b = host();
     let mut destination = open(&b);
-    b.with(|edu, _| edu.dma_mask = (1 << 28) - 1);
+    b.with(|edu, _| edu.dma_mask = RAM as u64 - 1);
     destination.walk(Running, Stop).unwrap();
     let failed = destination.set_state(Stop, Resuming).unwrap_err();
     assert_eq!(failed, ArcFailed { errno: Errno::EIO, actual: Stop });
+}
+
+#[test]
+fn the_default_mask_of_28_bits_is_enough_where_there_is_room() {
+    let (a, b) = (host(), host());
+    let mut source = busy(&a);
+    let before = visible(&a, &source);
+    let mut destination = open(&b);
+    for host in [&a, &b] {
+        host.with(|edu, _| edu.dma_mask = (1 << 28) - 1);
+    }
+    migrate(&mut source, &mut destination, 4096, 4096);
+    assert_eq!(visible(&b, &destination), before);
+    assert_eq!(b.device_writes(), []);
 }
 
 #[test]
