@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::control::config::{Config, DeviceConfig, DeviceName, OpenBy};
-use crate::device::vfio::{Iommu, Options, VfioDevice, has_cdev};
+use crate::device::vfio::sysfs::Sysfs;
+use crate::device::vfio::{Iommu, Options, VfioDevice};
 use crate::device::{Backend, Device, DeviceError, IovaRange, sim};
 use crate::mediation::{MediatedDevice, MediationError};
 use crate::memory::{AddressSpace, GuestRam, IovaMapping, MemoryError, PAGE_SIZE};
@@ -117,6 +118,12 @@ impl Opener {
     }
 }
 
+/// Whether this kernel gives the device a character device of its own. A folder that cannot be read is told when the group
+/// is opened.
+fn has_cdev(name: &str) -> bool {
+    Sysfs::default().cdev_node(name).is_ok_and(|node| node.is_some())
+}
+
 /// Guest memory at its own addresses, as far as the IOMMU lets the device reach it: an x86 machine keeps a window for
 /// interrupts, which no guest's memory can be mapped to.
 fn reachable(size: u64, ranges: &[IovaRange]) -> Vec<IovaMapping> {
@@ -129,7 +136,13 @@ fn reachable(size: u64, ranges: &[IovaRange]) -> Vec<IovaMapping> {
                 None => u64::MAX / PAGE_SIZE * PAGE_SIZE,
             };
             let end = end.min(size);
-            (first < end).then(|| IovaMapping { iova: first, length: end - first, ram_offset: first, read: true, write: true })
+            (first < end).then(|| IovaMapping {
+                iova: first,
+                length: end - first,
+                ram_offset: first,
+                read: true,
+                write: true,
+            })
         })
         .collect()
 }
