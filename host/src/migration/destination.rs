@@ -108,6 +108,8 @@ pub enum End {
     Owned { verified: Option<bool>, resumed: bool, lost: Vec<usize> },
     /// It never was here and never will be by this migration
     Discarded { cause: Cause },
+    /// A source that came back for an old migration was answered; nothing of that one is in this process
+    Answered { outcome: Outcome },
     /// All is held; nobody may run the guest until this is settled
     InDoubt { cause: Cause },
 }
@@ -259,6 +261,11 @@ impl Destination {
         self.digest
     }
 
+    /// Rounds received whole.
+    pub fn round(&self) -> u32 {
+        self.round
+    }
+
     /// Pages received, and how many of them were zero.
     pub fn pages(&self) -> (u64, u64) {
         (self.pages, self.zero_pages)
@@ -284,7 +291,7 @@ impl Destination {
     }
 
     /// Whether this side may still give up by itself: until READY may have left.
-    fn cancellable(&self) -> bool {
+    pub fn cancellable(&self) -> bool {
         match &self.state {
             State::AwaitFirst | State::Match | State::JournalBegan | State::EnterResuming(_) => !self.queried,
             State::Accept | State::Receive | State::Apply | State::Ack | State::Compare | State::Validate(_) => true,
@@ -617,7 +624,10 @@ impl Destination {
 
     fn answered(&mut self, outcome: Outcome, now: u64) -> Action {
         match outcome {
-            Outcome::Owned => self.owned(),
+            Outcome::Owned => self.enter(State::Ended, Action::End(End::Answered { outcome })),
+            Outcome::Discarded | Outcome::Unknown if self.touched == 0 => {
+                self.enter(State::Ended, Action::End(End::Answered { outcome }))
+            }
             Outcome::Prepared => {
                 self.queried = false;
                 self.wait(State::AwaitCommit, now)
@@ -664,7 +674,7 @@ impl Destination {
             }
             // The source will ask, and find OWNED in the journal.
             State::SendCommitted | State::AwaitVerify | State::Hash | State::SendVerified => self.owned(),
-            State::SendOutcome(Outcome::Owned) => self.owned(),
+            State::SendOutcome(Outcome::Owned) => self.in_doubt(cause),
             State::SendOutcome(Outcome::Prepared) => self.in_doubt(cause),
             State::SendOutcome(Outcome::Discarded | Outcome::Unknown) => self.discarded(),
             // READY may be out: without DISCARDED on the disk nothing may be promised.

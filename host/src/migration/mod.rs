@@ -8,8 +8,10 @@
 
 pub mod cause;
 pub mod destination;
+pub mod driver;
 pub mod journal;
 pub mod policy;
 pub mod report;
 pub mod source;
+pub mod transport;
 pub mod wire;

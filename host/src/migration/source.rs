@@ -302,6 +302,7 @@ impl Source {
         source.claim = if digest.is_some() { SourceClaim::Committing } else { SourceClaim::Kept };
         source.digest = digest;
         source.alive = facts.is_some() && digest.is_some();
+        source.resumed = source.alive;
         source.undo.journaled = true;
         if let Some(facts) = facts.filter(|_| source.alive) {
             source.undo.touched = (0..facts.devices.len()).collect();
@@ -399,7 +400,13 @@ impl Source {
         }
     }
 
-    fn cancellable(&self) -> bool {
+    /// Whether the guest or its devices are in this process.
+    pub fn is_alive(&self) -> bool {
+        self.alive
+    }
+
+    /// Whether somebody who wants out may still have it.
+    pub fn cancellable(&self) -> bool {
         !self.past_commit_point()
             && !matches!(self.state, State::Unwind(_) | State::JournalKept | State::Ended)
             && !matches!(self.state, State::Query | State::AwaitOutcome | State::Resolved { .. })

@@ -322,7 +322,8 @@ fn logging_refuses_what_the_kernel_refuses() {
     log.start(&many(256), 4096).unwrap();
     assert_eq!(kind(log.start(&many(1), 4096)), REFUSED);
     log.stop().unwrap();
-    log.start(&[range(0, u64::MAX)], 4096).unwrap();
+    assert_eq!(kind(log.start(&[range(0, u64::MAX)], 4096)).1, Errno::OVERFLOW);
+    log.start(&[range(0, u64::MAX - 4096)], 4096).unwrap();
     assert_eq!(kind(log.report(range(0, 65 * 4096 - 1), 4096, &mut [0])), REFUSED);
     assert_eq!(kind(log.report(range(0, 4095), 1024, &mut [0])), REFUSED);
     log.report(range(0, 64 * 4096 - 1), 4096, &mut [0]).unwrap();

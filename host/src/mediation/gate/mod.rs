@@ -75,10 +75,12 @@ pub enum Reason {
     Failed = 8,
     /// The device is being closed.
     Closed = 9,
+    /// COMMAND or the power state is being written.
+    Reconfiguring = 10,
 }
 
 impl Reason {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::NotBound,
         Self::Suspended,
         Self::MemoryDisabled,
@@ -88,6 +90,7 @@ impl Reason {
         Self::TableSwap,
         Self::Failed,
         Self::Closed,
+        Self::Reconfiguring,
     ];
 
     fn from_raw(raw: u32) -> Option<Self> {
@@ -99,14 +102,14 @@ impl Reason {
         match self {
             Self::NotBound => Errno::INVAL,
             Self::Suspended | Self::MemoryDisabled | Self::Stopped => Errno::IO,
-            Self::Resetting | Self::StateArc | Self::TableSwap => Errno::AGAIN,
+            Self::Resetting | Self::StateArc | Self::TableSwap | Self::Reconfiguring => Errno::AGAIN,
             Self::Failed | Self::Closed => Errno::NODEV,
         }
     }
 
     /// Ends by itself, soon.
     pub const fn is_passing(self) -> bool {
-        matches!(self, Self::Resetting | Self::StateArc | Self::TableSwap)
+        matches!(self, Self::Resetting | Self::StateArc | Self::TableSwap | Self::Reconfiguring)
     }
 }
 
@@ -122,6 +125,7 @@ impl std::fmt::Display for Reason {
             Self::TableSwap => "switching its hook tables",
             Self::Failed => "failed",
             Self::Closed => "closed",
+            Self::Reconfiguring => "being reconfigured",
         })
     }
 }

@@ -29,6 +29,7 @@ fn each_reason_has_its_documented_errno() {
         (Reason::TableSwap, Errno::AGAIN, true),
         (Reason::Failed, Errno::NODEV, false),
         (Reason::Closed, Errno::NODEV, false),
+        (Reason::Reconfiguring, Errno::AGAIN, true),
     ];
     assert_eq!(table.map(|(reason, ..)| reason), Reason::ALL);
     for (reason, errno, passing) in table {
