@@ -168,7 +168,8 @@ pub enum End {
     InDoubt { cause: Cause },
 }
 
-/// What of this side must be undone.
+/// What of this side must be undone. Set before the action is asked for: an action that fails, or whose answer meets a
+/// cancel, may have been performed.
 #[derive(Debug, Clone, Default)]
 struct Undo {
     drain: bool,
@@ -457,7 +458,6 @@ impl Source {
             (State::Sync, Event::Done) => self.enter(State::Estimate, Action::Estimate),
             (State::Estimate, Event::Estimated(left)) => self.decide(left, now),
             (State::Draining, Event::Drained { pages }) => {
-                self.undo.drain = true;
                 self.round.drained_pages = pages;
                 self.enter(State::RoundPages, Action::SendPages)
             }
@@ -484,9 +484,11 @@ impl Source {
             (State::Quiesce(device), Event::Done) => self.quiesce(device + 1, now),
             (State::Stop(device), Event::Done) => self.stop(device + 1, now),
             (State::SendStop, Event::Done) => self.enter(State::LastSync, Action::SyncDirty),
-            (State::LastSync, Event::Done) => self.enter(State::LastDrain, Action::Drain),
-            (State::LastDrain, Event::Drained { pages }) => {
+            (State::LastSync, Event::Done) => {
                 self.undo.drain = true;
+                self.enter(State::LastDrain, Action::Drain)
+            }
+            (State::LastDrain, Event::Drained { pages }) => {
                 self.round.drained_pages = pages;
                 self.enter(State::LastPages, Action::SendPages)
             }
@@ -633,7 +635,10 @@ impl Source {
         self.round = RoundReport { round: done + 1, ..RoundReport::default() };
         self.round_began_us = now;
         match verdict {
-            Verdict::Again => self.enter(State::Draining, Action::Drain),
+            Verdict::Again => {
+                self.undo.drain = true;
+                self.enter(State::Draining, Action::Drain)
+            }
             Verdict::SwitchOver => {
                 self.undo.paused = true;
                 let until_us = now.saturating_add(self.policy.pause_ms_max.saturating_mul(1000));
