@@ -5,7 +5,9 @@
 //! Locks: each implementation's own, never held while a caller's code runs.
 
 mod error;
+pub mod sim;
 mod types;
+pub mod vfio;
 
 pub use error::{DeviceError, ErrorKind};
 pub use types::*;

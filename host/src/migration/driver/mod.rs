@@ -8,6 +8,7 @@ mod connection;
 mod destination;
 mod doubt;
 mod host;
+mod mediated;
 mod source;
 
 pub use destination::{DestinationDriver, DestinationJob, migrate_in, settle_in};
@@ -15,6 +16,7 @@ pub use doubt::{InDoubt, MigrationError};
 pub use host::{
     DestinationHost, DestinationShape, DirtyDrain, HostError, OfferedDevice, Remaining, Saved, SourceHost, SourceOffer,
 };
+pub use mediated::MediatedHost;
 pub use source::{SourceDriver, SourceJob, migrate_out, settle_out};
 
 use std::sync::atomic::{AtomicBool, Ordering};

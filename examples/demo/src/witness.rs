@@ -1,0 +1,155 @@
+//! The outside witness: hears the heartbeats of every runner and never believes in two.
+//!
+//! **Owns** a UDP socket on which a running guest reports each step: which process runs it, and its step number, which
+//! lives in guest RAM and therefore migrates. **Must never** take part in the migration: it only listens.
+//!
+//! Two runners show themselves in one of two ways: a number is heard twice (both went on from the same memory), or a
+//! process is heard again after another one took over from it.
+
+use std::collections::HashSet;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Sends heartbeats; lost ones do no harm.
+#[derive(Debug)]
+pub struct Heart {
+    socket: UdpSocket,
+    pid: u32,
+}
+
+impl Heart {
+    pub fn new(witness: SocketAddr) -> std::io::Result<Self> {
+        let any: SocketAddr = if witness.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+        let socket = UdpSocket::bind(any)?;
+        socket.connect(witness)?;
+        // A full buffer must not stop the guest: a heartbeat is dropped instead.
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, pid: std::process::id() })
+    }
+
+    pub fn beat(&self, step: u64) {
+        let mut datagram = [0u8; 12];
+        datagram[..4].copy_from_slice(&self.pid.to_le_bytes());
+        datagram[4..].copy_from_slice(&step.to_le_bytes());
+        // No witness is a matter for the demo's end, not for the guest.
+        let _ = self.socket.send(&datagram);
+    }
+}
+
+/// What was heard, and what is wrong with it.
+#[derive(Debug, Default)]
+pub struct Testimony {
+    /// Runners in the order in which they took over
+    pub runners: Vec<u32>,
+    pub heartbeats: u64,
+    pub complaint: Option<String>,
+    heard: HashSet<u64>,
+}
+
+impl Testimony {
+    fn hear(&mut self, pid: u32, step: u64) {
+        self.heartbeats += 1;
+        if !self.heard.insert(step) {
+            self.complain(format!("step {step} ran twice, the second time in process {pid}"));
+        }
+        match self.runners.iter().position(|runner| *runner == pid) {
+            None => self.runners.push(pid),
+            Some(place) if place + 1 == self.runners.len() => {}
+            Some(_) => self.complain(format!("process {pid} runs again after process {} took over", self.last())),
+        }
+    }
+
+    fn last(&self) -> u32 {
+        self.runners.last().copied().unwrap_or(0)
+    }
+
+    fn complain(&mut self, what: String) {
+        self.complaint.get_or_insert(what);
+    }
+}
+
+/// The listening side.
+#[derive(Debug)]
+pub struct Witness {
+    address: SocketAddr,
+    testimony: Arc<Mutex<Testimony>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Witness {
+    pub fn listen(on: SocketAddr) -> std::io::Result<Self> {
+        let socket = UdpSocket::bind(on)?;
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let address = socket.local_addr()?;
+        let testimony = Arc::new(Mutex::new(Testimony::default()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (heard, stopped) = (Arc::clone(&testimony), Arc::clone(&stop));
+        let thread = std::thread::Builder::new().name("witness".into()).spawn(move || {
+            let mut datagram = [0u8; 12];
+            while !stopped.load(Ordering::Acquire) {
+                let Ok(12) = socket.recv(&mut datagram) else { continue };
+                let pid = u32::from_le_bytes(datagram[..4].try_into().expect("4 bytes"));
+                let step = u64::from_le_bytes(datagram[4..].try_into().expect("8 bytes"));
+                lock(&heard).hear(pid, step);
+            }
+        })?;
+        Ok(Self { address, testimony, stop, thread: Some(thread) })
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What has been heard so far.
+    pub fn ask<T>(&self, question: impl FnOnce(&Testimony) -> T) -> T {
+        question(&lock(&self.testimony))
+    }
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            // A panic in the listener has been printed; there is nobody left to tell.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Testimony;
+
+    fn heard(beats: &[(u32, u64)]) -> Testimony {
+        let mut testimony = Testimony::default();
+        for (pid, step) in beats {
+            testimony.hear(*pid, *step);
+        }
+        testimony
+    }
+
+    #[test]
+    fn one_runner_after_the_other_is_fine() {
+        let testimony = heard(&[(1, 1), (1, 2), (2, 3), (2, 4)]);
+        assert_eq!(testimony.complaint, None);
+        assert_eq!(testimony.runners, [1, 2]);
+    }
+
+    #[test]
+    fn a_source_that_runs_on_after_the_destination_started_is_seen() {
+        assert!(heard(&[(1, 1), (2, 2), (1, 3)]).complaint.is_some());
+    }
+
+    #[test]
+    fn the_same_step_in_two_processes_is_seen() {
+        assert!(heard(&[(1, 1), (1, 2), (2, 2)]).complaint.is_some());
+    }
+}

@@ -1,0 +1,142 @@
+//! What every model shares: who it is, whether it still lives, and its side of the PCI bus.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::io::Errno;
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_ROM_REGION_INDEX, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+};
+
+use super::config::{COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_MEMORY, Ids, PciConfig, SIZE};
+use super::dma::{DmaFault, DmaFaultKind, DmaSpace, Transfer};
+use super::irq::Irqs;
+use super::{Fault, FaultPlan, Time};
+use crate::device::{Backend, CONFIG_REGION, DeviceError, Identity, IrqSet, RegionInfo, Result};
+
+pub(super) const READ_WRITE: u32 = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
+
+/// The part of a model that does not change, and its one-way road to being lost.
+#[derive(Debug)]
+pub(super) struct Function {
+    pub(super) identity: Identity,
+    pub(super) time: Time,
+    faults: Arc<FaultPlan>,
+    lost: AtomicBool,
+}
+
+impl Function {
+    pub(super) fn new(name: String, ids: Ids, config: &PciConfig, time: Time, faults: Arc<FaultPlan>) -> Self {
+        let identity = Identity {
+            name,
+            backend: Backend::Sim,
+            vendor_id: ids.vendor,
+            device_id: ids.device,
+            subsystem_vendor_id: ids.subsystem_vendor,
+            subsystem_device_id: ids.subsystem,
+            class_code: ids.class,
+            revision: ids.revision,
+            config: config.bytes().to_vec(),
+        };
+        Self { identity, time, faults, lost: AtomicBool::new(false) }
+    }
+
+    /// Asks the plan before an operation. Not to be called with the device's lock held: a delay waits here.
+    pub(super) fn step(&self, what: &'static str) -> Result<()> {
+        let fault = self.faults.step(what);
+        if fault == Some(Fault::Lose) {
+            self.lost.store(true, Ordering::SeqCst);
+        }
+        if self.is_lost() {
+            return Err(DeviceError::lost(&self.identity.name, what, Errno::NODEV));
+        }
+        match fault {
+            Some(Fault::Errno(errno)) => Err(self.failed(what, errno)),
+            Some(Fault::Delay(duration)) => {
+                self.time.clock().wait(duration);
+                Ok(())
+            }
+            Some(Fault::Lose) | None => Ok(()),
+        }
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn refused(&self, what: impl Into<String>, errno: Errno) -> DeviceError {
+        DeviceError::refused(&self.identity.name, what, errno)
+    }
+
+    pub(super) fn failed(&self, what: impl Into<String>, errno: Errno) -> DeviceError {
+        DeviceError::failed(&self.identity.name, what, errno)
+    }
+
+    /// Checks that an access lies inside a region of `size` bytes.
+    pub(super) fn check(&self, index: u32, offset: u64, length: usize, size: u64) -> Result<()> {
+        match offset.checked_add(length as u64) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(self.refused(format!("{length} bytes at {offset:#x} of region {index}"), Errno::INVAL)),
+        }
+    }
+}
+
+/// Config space, interrupts and memory of a model: the part that changes. A model keeps it under its mutex.
+#[derive(Debug)]
+pub(super) struct Bus {
+    pub(super) config: PciConfig,
+    pub(super) irqs: Irqs,
+    pub(super) dma: DmaSpace,
+}
+
+impl Bus {
+    pub(super) fn new(config: PciConfig, msi_vectors: u32) -> Self {
+        Self { config, irqs: Irqs::new(msi_vectors), dma: DmaSpace::default() }
+    }
+
+    pub(super) fn memory_enabled(&self) -> bool {
+        self.config.command() & COMMAND_MEMORY != 0
+    }
+
+    /// The caller has checked the range against [`SIZE`].
+    pub(super) fn config_read(&self, offset: u64, data: &mut [u8]) {
+        data.copy_from_slice(&self.config.bytes()[offset as usize..][..data.len()]);
+    }
+
+    pub(super) fn config_write(&mut self, offset: u64, data: &[u8]) {
+        self.config.write(offset as usize, data);
+        self.irqs.set_intx_disabled(self.config.command() & COMMAND_INTX_DISABLE != 0);
+    }
+
+    pub(super) fn set_irqs(&mut self, request: &IrqSet<'_>) -> std::result::Result<(), Errno> {
+        self.irqs.set(request)?;
+        self.config.set_msi_enabled(self.irqs.msi_enabled());
+        Ok(())
+    }
+
+    /// DMA, if the device is a bus master; otherwise a fault.
+    pub(super) fn transfer(&mut self, iova: u64, bytes: Transfer<'_>) -> Vec<(u64, u64)> {
+        if self.config.command() & COMMAND_BUS_MASTER != 0 {
+            return self.dma.transfer(iova, bytes);
+        }
+        let (length, write) = match bytes {
+            Transfer::FromMemory(data) => (data.len(), false),
+            Transfer::ToMemory(data) => (data.len(), true),
+        };
+        self.dma.fault(DmaFault { kind: DmaFaultKind::BusMasterOff, iova, length: length as u64, write });
+        Vec::new()
+    }
+}
+
+/// A region that only reads and writes; `None` beyond the last index of a PCI device without VGA.
+pub(super) fn plain_region(index: u32, bars: &[(usize, u32)]) -> Option<RegionInfo> {
+    let bar = bars.iter().find(|(bar, _)| *bar == index as usize);
+    let size = match (bar, index) {
+        (Some((_, size)), _) => u64::from(*size),
+        (None, CONFIG_REGION) => SIZE as u64,
+        (None, 0..=VFIO_PCI_ROM_REGION_INDEX) => 0,
+        _ => return None,
+    };
+    let flags = if size == 0 { 0 } else { READ_WRITE };
+    Some(RegionInfo { index, flags, size, capabilities: Vec::new() })
+}

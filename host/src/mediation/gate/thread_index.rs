@@ -1,0 +1,79 @@
+//! Small numbers for threads, so that each thread has a slot of its own in every gate.
+//!
+//! **Owns** the process-wide slab of indices. A thread takes the lowest free one at its first pass and gives it back when
+//! it ends. When all are taken, the thread shares the overflow slot, which works the same and costs a bouncing line.
+
+use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
+
+/// Threads with a slot of their own. Indices lie below; [`OVERFLOW`] is the shared slot's.
+pub const OWN_SLOTS: usize = if cfg!(loom) { 2 } else { 64 };
+pub const OVERFLOW: usize = OWN_SLOTS;
+
+const UNASSIGNED: usize = usize::MAX;
+
+static TAKEN: Mutex<u64> = Mutex::new(0);
+
+thread_local! {
+    // Two cells: this one has no destructor, so that reading it is one load; the other's destructor gives the index back.
+    static INDEX: Cell<usize> = const { Cell::new(UNASSIGNED) };
+    static LEASE: Lease = const { Lease };
+}
+
+struct Lease;
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let index = INDEX.replace(OVERFLOW);
+        if index < OWN_SLOTS {
+            *TAKEN.lock().unwrap_or_else(PoisonError::into_inner) &= !(1 << index);
+        }
+    }
+}
+
+/// This thread's index: below [`OWN_SLOTS`], or [`OVERFLOW`].
+#[inline]
+pub fn current() -> usize {
+    let index = INDEX.get();
+    if index == UNASSIGNED { assign() } else { index }
+}
+
+#[cold]
+fn assign() -> usize {
+    // Registers the destructor. A thread whose locals are already gone stays in the overflow slot: nobody would give its
+    // index back.
+    let leased = LEASE.try_with(|_| ()).is_ok();
+    let index = if leased { take() } else { OVERFLOW };
+    INDEX.set(index);
+    index
+}
+
+fn take() -> usize {
+    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let index = taken.trailing_ones() as usize;
+    if index >= OWN_SLOTS {
+        return OVERFLOW;
+    }
+    *taken |= 1 << index;
+    index
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_keeps_its_index_and_two_threads_never_share_one() {
+        let mine = current();
+        assert_eq!(mine, current());
+        let other = std::thread::spawn(current).join().unwrap();
+        assert!(mine == OVERFLOW || other != mine);
+    }
+
+    #[test]
+    fn an_ended_threads_index_is_given_out_again() {
+        // Far more threads than slots, one after the other: were indices lost, the later ones would all overflow.
+        let indices: Vec<_> = (0..4 * OWN_SLOTS).map(|_| std::thread::spawn(current).join().unwrap()).collect();
+        assert!(indices[3 * OWN_SLOTS..].iter().any(|&index| index < OWN_SLOTS), "{indices:?}");
+    }
+}

@@ -1,0 +1,196 @@
+//! Opening: everything is asked and checked before anything is published; a failing step undoes the ones before it.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::{Arc, Mutex};
+
+use rustix::io::Errno;
+use vfio_mediate_sdk::state::DeviceState;
+
+use super::calls::Shared;
+use super::config::ConfigFilter;
+use super::device::{Condition, Limits, MediatedDevice, StandIn};
+use super::error::{MediationError, Result};
+use super::gate::{Gate, Reason};
+use super::lane::Lane;
+use super::layout;
+use super::mediator::{Claim, HostCalls, Mediator, Origin, TrapMap};
+use super::tables::Table;
+use crate::device::{Area, CONFIG_REGION, Device, ErrorKind, RegionInfo};
+use crate::memory::{AddressSpace, PAGE_SIZE};
+
+/// Regions and irq indices of one device, own and added.
+const INDICES_MAX: u32 = 1024;
+const CONFIG_EXTENDED: u64 = 0x100;
+const CONFIG_SIZE: u64 = 0x1000;
+
+impl MediatedDevice {
+    /// Mediates `device` by whatever `claim` opens for it: it is given the host's services and returns the opened device, or
+    /// nothing for plain passthrough. On an error nothing of the device is changed, and what was opened is closed.
+    pub fn with_mediator(
+        device: Arc<dyn Device>,
+        memory: Arc<AddressSpace>,
+        limits: Limits,
+        claim: impl FnOnce(Arc<dyn HostCalls>) -> Result<Option<Box<dyn Mediator>>>,
+    ) -> Result<Arc<Self>> {
+        let shared = Arc::new(survey(device, memory)?);
+        let plugin = claim(shared.clone())?;
+        let claims = plugin.as_ref().map_or(&[][..], |plugin| plugin.claims());
+        let sizes: Vec<u64> = shared.regions.iter().map(|info| info.as_ref().map_or(0, |info| info.size)).collect();
+        let tables = [Table::new(claims, TrapMap::Normal, &sizes)?, Table::new(claims, TrapMap::Tracking, &sizes)?];
+        let mappable = mappable(&shared.regions, claims)?;
+        if let Some(plugin) = &plugin {
+            check_irqs(&**plugin, &shared)?;
+        }
+        let mut mediated = Self {
+            summary: plugin.as_ref().map(|plugin| plugin.plugin()),
+            plugin,
+            shared,
+            limits,
+            tables,
+            selector: AtomicUsize::new(TrapMap::Normal as usize),
+            mappable,
+            stand_ins: Vec::new(),
+            condition: Mutex::new(Condition {
+                state: DeviceState::Running,
+                command: 0,
+                low_power: false,
+                has_memory_enable: false,
+            }),
+            streams: Mutex::default(),
+            tracking: Mutex::default(),
+            lane: Lane::default(),
+            walking: AtomicBool::new(false),
+            events: Lane::default(),
+        };
+        mediated.stand_ins = mediated.ask_stand_ins()?;
+        let mediated = Arc::new(mediated);
+        mediated.publish()?;
+        Ok(mediated)
+    }
+
+    /// The last step: from here on accesses come in.
+    fn publish(self: &Arc<Self>) -> Result<()> {
+        let shared = &self.shared;
+        let interposed: Vec<_> = self.plugin.as_ref().map_or(Vec::new(), |plugin| {
+            let claims = plugin.irq_claims().iter().filter(|claim| claim.has_fired);
+            claims.map(|claim| (claim.index, claim.start, claim.count)).collect()
+        });
+        if !interposed.is_empty() {
+            let owner = Arc::downgrade(self);
+            let fired = move |vector| {
+                if let Some(owner) = owner.upgrade() {
+                    owner.irq_fired(vector);
+                }
+            };
+            shared.irqs.start(fired).map_err(|errno| MediationError::refused("starting the irq thread", errno))?;
+        }
+        let _first = shared.interposed.set(interposed);
+        self.alone(Reason::NotBound, self.drain_deadline(), || self.look_at_command())?;
+        let _first = shared.owner.set(Arc::downgrade(self));
+        self.attend();
+        Ok(())
+    }
+
+    /// What the mmap hooks give in place of claimed pages. Asked once: the answer holds for the device's life.
+    fn ask_stand_ins(&self) -> Result<Vec<StandIn>> {
+        let Some(plugin) = &self.plugin else { return Ok(Vec::new()) };
+        let mut stand_ins = Vec::new();
+        for (position, claim) in plugin.claims().iter().enumerate().filter(|(_, claim)| claim.has_mmap) {
+            let start = claim.offset.next_multiple_of(PAGE_SIZE);
+            let end = (claim.offset + claim.length) & !(PAGE_SIZE - 1);
+            // In one map only, or sharing its pages with another claim: the page could not be taken back when that holds.
+            let others = plugin.claims().iter().enumerate().filter(|(other, _)| *other != position);
+            let shared = others.into_iter().any(|(_, other)| {
+                other.region == claim.region && other.offset < end && start < other.offset + other.length
+            });
+            if start >= end || shared || !(claim.normal && claim.tracking) {
+                continue;
+            }
+            if let Some(answer) = plugin.mmap(position, self.frame(Origin::Host), start, end - start) {
+                if !answer.offset.is_multiple_of(PAGE_SIZE) {
+                    let what = format!("a file offset of {:#x} to map", answer.offset);
+                    return Err(MediationError::PluginFault { what });
+                }
+                let area = Area { offset: start, length: end - start };
+                stand_ins.push(StandIn { region: claim.region, area, fd: answer.fd, fd_offset: answer.offset });
+            }
+        }
+        Ok(stand_ins)
+    }
+}
+
+/// Asks the device for everything that is constant.
+fn survey(device: Arc<dyn Device>, memory: Arc<AddressSpace>) -> Result<Shared> {
+    let info = device.info();
+    if info.num_regions > INDICES_MAX || info.num_irqs > INDICES_MAX {
+        let what = format!("a device of {} regions and {} irq indices", info.num_regions, info.num_irqs);
+        return Err(MediationError::refused(what, Errno::TOOBIG));
+    }
+    let mut regions = Vec::new();
+    for index in 0..info.num_regions {
+        regions.push(present(device.region_info(index))?);
+    }
+    let mut irqs = Vec::new();
+    for index in 0..info.num_irqs {
+        irqs.push(present(device.irq_info(index))?);
+    }
+    let extended = extended_config(&*device, &regions);
+    let filter = ConfigFilter::new(device.identity(), &extended);
+    Ok(Shared::new(device, memory, Gate::new(Reason::NotBound), filter, regions, irqs))
+}
+
+/// An index that the device refuses is one that it lacks (VGA).
+fn present<T>(answer: crate::device::Result<T>) -> Result<Option<T>> {
+    match answer {
+        Ok(info) => Ok(Some(info)),
+        Err(error) if error.kind == ErrorKind::Refused => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn extended_config(device: &dyn Device, regions: &[Option<RegionInfo>]) -> Vec<u8> {
+    let size = regions.get(CONFIG_REGION as usize).and_then(Option::as_ref).map_or(0, |info| info.size);
+    if size < CONFIG_SIZE {
+        return Vec::new();
+    }
+    let mut extended = vec![0; (CONFIG_SIZE - CONFIG_EXTENDED) as usize];
+    match device.region_read(CONFIG_REGION, CONFIG_EXTENDED, &mut extended) {
+        Ok(()) => extended,
+        // A function without extended space in a region that has room for it: there is nothing to protect.
+        Err(_) => Vec::new(),
+    }
+}
+
+/// Per region, what a client may map: the device's areas minus every claim of either map.
+fn mappable(regions: &[Option<RegionInfo>], claims: &[Claim]) -> Result<Vec<Vec<Area>>> {
+    let mut all = Vec::new();
+    for (index, info) in regions.iter().enumerate() {
+        let Some(info) = info else {
+            all.push(Vec::new());
+            continue;
+        };
+        let areas =
+            layout::device_areas(info).map_err(|error| MediationError::refused(error.to_string(), Errno::INVAL))?;
+        let claimed = claims.iter().filter(|claim| claim.region as usize == index);
+        let claimed: Vec<Area> = claimed.map(|claim| Area { offset: claim.offset, length: claim.length }).collect();
+        all.push(layout::subtract(&areas, &claimed));
+    }
+    Ok(all)
+}
+
+fn check_irqs(plugin: &dyn Mediator, shared: &Shared) -> Result<()> {
+    let added = plugin.extra_regions().len().max(plugin.extra_irqs().len());
+    if added > INDICES_MAX as usize {
+        return Err(MediationError::PluginFault { what: format!("{added} added indices") });
+    }
+    for claim in plugin.irq_claims() {
+        let own = shared.irq_infos.get(claim.index as usize).and_then(Option::as_ref).map_or(0, |info| info.count);
+        let end = claim.start.checked_add(claim.count);
+        if claim.count == 0 || end.is_none_or(|end| end > own) {
+            let (index, start, count) = (claim.index, claim.start, claim.count);
+            let what = format!("a claim of {count} vectors from {start} of irq index {index}, which has {own}");
+            return Err(MediationError::PluginFault { what });
+        }
+    }
+    Ok(())
+}

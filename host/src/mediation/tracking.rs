@@ -1,0 +1,219 @@
+//! The dirt of one device: who reports it, and how it comes into the VM's log.
+//!
+//! **Must never** call a page clean on doubt: a failed report, a map made after tracking began, a reset in between make
+//! everything dirty that they may hide. Bits go straight into the log, before anything else can fail.
+
+use rustix::io::Errno;
+use vfio_mediate_sdk::abi;
+
+use super::device::MediatedDevice;
+use super::error::{MediationError, Result};
+use super::gate::Class;
+use super::lock;
+use super::mediator::{Exactness, Origin, TrapMap};
+use crate::device::IovaRange;
+use crate::memory::{IovaMapping, PAGE_SIZE};
+
+/// Longest range of one report, in pages: its bitmap has 32 KiB.
+const REPORT_PAGES: u64 = 1 << 18;
+/// The uAPI's limit on ranges (`VFIO_DEVICE_FEATURE_DMA_LOGGING_START`): one page of them.
+const RANGES_MAX: usize = 256;
+
+/// Where the device's dirt comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tracking {
+    /// The device's own DMA logging (with the plug-in's reports, if it makes any)
+    Native,
+    Plugin(Exactness),
+    /// Nobody knows: every sync marks all that the device may write
+    Everything,
+}
+
+/// Tracking that has begun.
+#[derive(Debug, Clone)]
+pub(super) struct Active {
+    source: Tracking,
+    native_page: Option<u64>,
+    plugin: bool,
+    ranges: Vec<IovaRange>,
+    /// A reset has ended what was begun
+    lost: bool,
+}
+
+impl MediatedDevice {
+    /// Begins tracking. The hook table for tracking holds, and every access under the normal one has ended, *before* the
+    /// device or the plug-in begins to count: no write falls in between. Starts the log if nobody has. A failure leaves
+    /// nothing started. EEXIST when it has begun already.
+    pub fn start_tracking(&self) -> Result<Tracking> {
+        self.in_lane(|| self.start_in())
+    }
+
+    fn start_in(&self) -> Result<Tracking> {
+        if self.is_tracking() {
+            return Err(MediationError::refused("tracking twice", Errno::EXIST));
+        }
+        if !self.shared.memory.log().is_tracking() {
+            self.shared.memory.log().start();
+        }
+        self.switch_table(TrapMap::Tracking)?;
+        let begun = self.with_pass(Class::Control, || self.begin());
+        match begun {
+            Ok(active) => {
+                let source = active.source;
+                *lock(&self.tracking) = Some(active);
+                Ok(source)
+            }
+            Err(error) => {
+                self.switch_table(TrapMap::Normal)?;
+                Err(error)
+            }
+        }
+    }
+
+    fn begin(&self) -> Result<Active> {
+        let ranges = merged(self.shared.mappings());
+        let plugin = self.plugin.as_ref().and_then(|plugin| plugin.dirty());
+        let mut active = Active { source: Tracking::Everything, native_page: None, plugin: false, ranges, lost: false };
+        if active.ranges.is_empty() {
+            // Nothing is mapped, and what is mapped later is taken as dirty.
+            return Ok(active);
+        }
+        if let Some(plugin) = plugin {
+            let ranges: Vec<abi::IovaRange> = active
+                .ranges
+                .iter()
+                .map(|range| abi::IovaRange { iova: range.iova, length: range.last - range.iova + 1 })
+                .collect();
+            let refused = |errno| MediationError::Plugin { what: "dirty tracking", errno };
+            plugin.start(self.frame(Origin::Migration), &ranges, PAGE_SIZE).map_err(refused)?;
+            active.plugin = true;
+            active.source = Tracking::Plugin(plugin.exactness());
+        }
+        if let Some(native) = self.device().dma_logging() {
+            match native.start(&active.ranges, PAGE_SIZE) {
+                Ok(page) => (active.native_page, active.source) = (Some(page), Tracking::Native),
+                Err(error) => {
+                    if let Some(plugin) = plugin {
+                        plugin.stop(self.frame(Origin::Migration));
+                    }
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(active)
+    }
+
+    /// ORs what the device has written since the last call into the VM's log. To be called once more after the device has
+    /// stopped. A report that fails makes its whole range dirty.
+    pub fn sync_dirty(&self) -> Result<()> {
+        self.in_lane(|| {
+            if !self.is_tracking() {
+                return Err(MediationError::refused("a dirty report without tracking", Errno::INVAL));
+            }
+            self.with_pass(Class::Control, || {
+                for map in self.shared.mappings() {
+                    self.sync_map(&map);
+                }
+                Ok(())
+            })
+        })
+    }
+
+    /// One map's dirt, whatever happens. Nothing is done while nobody tracks.
+    pub(super) fn sync_map(&self, map: &IovaMapping) {
+        let Some(active) = lock(&self.tracking).clone() else { return };
+        if !map.write {
+            return;
+        }
+        let last = map.iova + (map.length - 1);
+        let covered = active.ranges.iter().any(|range| range.iova <= map.iova && last <= range.last);
+        if !covered || active.lost || active.source == Tracking::Everything {
+            return self.mark(map.ram_offset, map.length);
+        }
+        let mut at = 0;
+        while at < map.length {
+            let length = (map.length - at).min(REPORT_PAGES * PAGE_SIZE);
+            self.sync_range(&active, map.iova + at, map.ram_offset + at, length);
+            at += length;
+        }
+    }
+
+    fn sync_range(&self, active: &Active, iova: u64, ram_offset: u64, length: u64) {
+        let pages = length / PAGE_SIZE;
+        let mut words = vec![0u64; pages.div_ceil(64) as usize];
+        let mut failed = false;
+        if active.plugin
+            && let Some(plugin) = self.plugin.as_ref().and_then(|plugin| plugin.dirty())
+        {
+            failed |= plugin.report(self.frame(Origin::Migration), iova, length, PAGE_SIZE, &mut words).is_err();
+        }
+        if let (Some(page), Some(native)) = (active.native_page, self.device().dma_logging()) {
+            let range = IovaRange { iova, last: iova + (length - 1) };
+            failed |= page != PAGE_SIZE || native.report(range, PAGE_SIZE, &mut words).is_err();
+        }
+        let tail = pages % 64;
+        if tail != 0
+            && let Some(last) = words.last_mut()
+        {
+            // Bits beyond the range would be somebody else's pages.
+            *last &= (1 << tail) - 1;
+        }
+        if failed || self.shared.memory.log().merge(ram_offset / PAGE_SIZE, &words).is_err() {
+            self.mark(ram_offset, length);
+        }
+    }
+
+    fn mark(&self, ram_offset: u64, length: u64) {
+        // Maps lie inside RAM: it cannot be out of range.
+        let marked = self.shared.memory.log().mark_bytes(ram_offset, length);
+        debug_assert!(marked.is_ok(), "{marked:?}");
+    }
+
+    /// Ends tracking and goes back to the normal hook table. Harmless when it has not begun.
+    pub fn stop_tracking(&self) {
+        let stopped = self.lane.enter(self.drain_deadline()).map_err(MediationError::from).and_then(|_token| {
+            let Some(active) = lock(&self.tracking).take() else { return Ok(()) };
+            let ended = self.with_pass(Class::Control, || {
+                if active.plugin
+                    && let Some(plugin) = self.plugin.as_ref().and_then(|plugin| plugin.dirty())
+                {
+                    plugin.stop(self.frame(Origin::Migration));
+                }
+                match self.device().dma_logging() {
+                    Some(native) if active.native_page.is_some() && !active.lost => Ok(native.stop()?),
+                    _ => Ok(()),
+                }
+            });
+            self.switch_table(TrapMap::Normal).and(ended)
+        });
+        if let Err(error) = stopped {
+            tracing::warn!(device = %self.identity().name, %error, "ending dirty tracking");
+        }
+        self.attend();
+    }
+
+    /// The device was reset: whatever it counted is gone.
+    pub(super) fn tracking_lost(&self) {
+        if let Some(active) = &mut *lock(&self.tracking) {
+            active.lost = true;
+        }
+    }
+}
+
+/// Ranges that the device may write, ascending; neighbours made one, and the nearest ones until they are few enough.
+fn merged(maps: Vec<IovaMapping>) -> Vec<IovaRange> {
+    let mut ranges: Vec<IovaRange> = Vec::new();
+    for map in maps.iter().filter(|map| map.write) {
+        let last = map.iova + (map.length - 1);
+        match ranges.last_mut() {
+            Some(before) if before.last + 1 == map.iova => before.last = last,
+            _ => ranges.push(IovaRange { iova: map.iova, last }),
+        }
+    }
+    while ranges.len() > RANGES_MAX {
+        let gap = |at: &usize| ranges[at + 1].iova - ranges[*at].last;
+        let Some(at) = (0..ranges.len() - 1).min_by_key(gap) else { break };
+        ranges[at].last = ranges.remove(at + 1).last;
+    }
+    ranges
+}
