@@ -2,7 +2,11 @@
 //!
 //! Modules, arrows only downward: `control -> {frontend, migration} -> mediation -> {plugin, device, memory} -> sys`.
 
+pub mod control;
 pub mod device;
+pub mod frontend;
 pub mod mediation;
 pub mod memory;
+pub mod migration;
+pub mod plugin;
 pub mod sys;

@@ -167,3 +167,6 @@ const fn full_step(from: DeviceState, to: DeviceState) -> DeviceState {
         (RunningP2p, Stop | StopCopy | Resuming) => Stop,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,4 @@
-//! Conformance.
+//! Conformance suites, the lab, and the tidy checks of vfio-mediate.
+
+pub mod device_suite;
+pub mod lab;

@@ -7,6 +7,7 @@
 mod error;
 pub mod sim;
 mod types;
+pub mod vfio;
 
 pub use error::{DeviceError, ErrorKind};
 pub use types::*;

@@ -1,7 +1,8 @@
 //! The CPU's own dirt: which pages of a mapping somebody in this process, or the kernel on its behalf, has written.
 //!
 //! A userfaultfd in asynchronous write-protect mode and `PAGEMAP_SCAN` (Linux 6.7). It sees writes through *this* mapping
-//! and none through another mapping of the same memory or from another process. It needs no privilege where the kernel
+//! and none through another mapping of the same memory or from another process; discarding pages (hole punching) is no
+//! write either, so that who discards must mark. It needs no privilege where the kernel
 //! lets users open a userfaultfd for user-mode faults, which is the default.
 
 use std::sync::Arc;

@@ -3,10 +3,10 @@
 //! States: *stopped* (marks do nothing) and *tracking*. There is no lock; every call may overlap every other.
 //!
 //! Ordering. A writer stores its bytes, *then* marks; a reader drains, *then* reads the bytes. No write may be lost in
-//! between, and two shortcuts would lose one without a full fence on each side: a mark that finds its bit already set
-//! (the drain takes the bit, then reads the page before the writer's bytes have left its store buffer), and a mark that
-//! finds the log not tracking yet. Hence one fence per mark call, after which plain loads decide, and one per drain and
-//! start. `loom_` tests explore exactly this.
+//! between. A mark that sets its bit is safe by the release of that store. Two shortcuts are not: to skip a bit that is set
+//! already (a drain takes it, and reads the page before the writer's bytes have left its store buffer), and to skip a log
+//! that is stopped (which starts meanwhile). Each is therefore taken only when a full fence, and a second look after it,
+//! agree; drain and start have the other fence. `loom_` tests explore exactly this.
 
 use super::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use super::drain::Drain;
@@ -37,7 +37,8 @@ impl DirtyLog {
     pub fn start(&self) {
         self.tracking.store(true, Ordering::Relaxed);
         for (index, word) in self.words.iter().enumerate() {
-            word.store(self.valid(index), Ordering::Release);
+            // Not a store: it would cover a mark that just came, without having seen that mark's bytes.
+            word.swap(self.valid(index), Ordering::AcqRel);
         }
         fence(Ordering::SeqCst);
     }
@@ -56,14 +57,18 @@ impl DirtyLog {
 
     /// Marks `count` pages from `first`. Call it *after* the bytes are written. Pages outside the log are an error,
     /// returned after those inside have been marked; while stopped, only the range is checked.
+    #[inline]
     pub fn mark_pages(&self, first: u64, count: u64) -> Result<(), MemoryError> {
-        let end = first.saturating_add(count).min(self.pages);
-        fence(Ordering::SeqCst);
-        if first < end && self.is_tracking() {
-            self.set_span(first, end);
+        match first.checked_add(count) {
+            Some(end) if end <= self.pages => {
+                self.mark_span(first, end);
+                Ok(())
+            }
+            _ => {
+                self.mark_span(first, self.pages);
+                Err(MemoryError::OutOfRange { first, count, pages: self.pages })
+            }
         }
-        let inside = first.checked_add(count).is_some_and(|end| end <= self.pages);
-        if inside { Ok(()) } else { Err(MemoryError::OutOfRange { first, count, pages: self.pages }) }
     }
 
     /// Marks the pages that `length` bytes at `ram_offset` touch; 0 bytes touch none. Errors as [`Self::mark_pages`].
@@ -88,8 +93,8 @@ impl DirtyLog {
 
     /// ORs `count` bits of `words`, from bit `from`, to the pages from `first_page`. Bits beyond `words` are 0.
     pub(super) fn merge_bits(&self, first_page: u64, words: &[u64], from: u64, count: u64) -> Result<(), MemoryError> {
-        fence(Ordering::SeqCst);
-        let tracking = self.is_tracking();
+        let keeps_marks = self.keeps_marks();
+        let mut fenced = false;
         let mut inside = true;
         let mut done = 0;
         while done < count {
@@ -108,8 +113,8 @@ impl DirtyLog {
             };
             let valid = self.valid(index);
             inside &= (bits << shift) & !valid == 0;
-            if tracking {
-                or(word, (bits << shift) & valid);
+            if keeps_marks {
+                or(word, (bits << shift) & valid, &mut fenced);
             }
         }
         if inside { Ok(()) } else { Err(MemoryError::OutOfRange { first: first_page, count, pages: self.pages }) }
@@ -140,19 +145,31 @@ impl DirtyLog {
         }
     }
 
-    /// Marks `first .. end`, which is not empty and inside the log.
-    fn set_span(&self, first: u64, end: u64) {
+    /// Marks `first .. end`, which ends inside the log and may be empty.
+    fn mark_span(&self, first: u64, end: u64) {
+        if first >= end || !self.keeps_marks() {
+            return;
+        }
         let (first_word, last_word) = ((first / BITS) as usize, ((end - 1) / BITS) as usize);
         let head = u64::MAX << (first % BITS);
         let tail = u64::MAX >> (BITS - 1 - (end - 1) % BITS);
+        let mut fenced = false;
         if first_word == last_word {
-            return or(&self.words[first_word], head & tail);
+            return or(&self.words[first_word], head & tail, &mut fenced);
         }
-        or(&self.words[first_word], head);
+        or(&self.words[first_word], head, &mut fenced);
         for word in &self.words[first_word + 1..last_word] {
-            or(word, u64::MAX);
+            or(word, u64::MAX, &mut fenced);
         }
-        or(&self.words[last_word], tail);
+        or(&self.words[last_word], tail, &mut fenced);
+    }
+
+    /// Whether marks count. *No* is said only after a fence: the caller's bytes are then seen by whoever starts later.
+    fn keeps_marks(&self) -> bool {
+        self.is_tracking() || {
+            fence(Ordering::SeqCst);
+            self.is_tracking()
+        }
     }
 
     /// The bits of a word that are pages.
@@ -161,11 +178,20 @@ impl DirtyLog {
     }
 }
 
-/// Sets bits unless all of them are set: a line that several writers share is then only read. The caller has fenced.
-fn or(word: &AtomicU64, bits: u64) {
-    if word.load(Ordering::Relaxed) & bits != bits {
-        word.fetch_or(bits, Ordering::Release);
+/// Sets bits. Where all of them are set, also after a fence, the word is only read: a line that several writers share then
+/// stays shared. `fenced` says that this call has fenced already, and so whether the first look is the second one too.
+fn or(word: &AtomicU64, bits: u64, fenced: &mut bool) {
+    let is_set = || word.load(Ordering::Relaxed) & bits == bits;
+    if is_set() {
+        if std::mem::replace(fenced, true) {
+            return;
+        }
+        fence(Ordering::SeqCst);
+        if is_set() {
+            return;
+        }
     }
+    word.fetch_or(bits, Ordering::Release);
 }
 
 /// Takes a word. A zero is left alone: a mark that comes later belongs to the next drain.

@@ -51,19 +51,13 @@ impl<'a> Drain<'a> {
 
     /// Runs of pages that are not committed yet, ascending, never adjacent.
     pub fn runs(&self) -> impl Iterator<Item = PageRun> + '_ {
-        let words = self.words();
-        let mut at = 0;
-        std::iter::from_fn(move || {
-            let run = next_run(words, at)?;
-            at = run.first + run.count;
-            Some(run)
-        })
+        Runs::new(self.words(), 0)
     }
 
     /// The first run at or after `page`, where a run that began earlier begins at `page`. With this the caller can commit
     /// between one run and the next.
     pub fn run_from(&self, page: u64) -> Option<PageRun> {
-        next_run(self.words(), page)
+        Runs::new(self.words(), page).next()
     }
 
     /// Everything is safe at the peer.
@@ -87,25 +81,72 @@ impl Drop for Drain<'_> {
     }
 }
 
-/// The first run of set bits at or after bit `at`.
-pub(super) fn next_run(words: &[u64], at: u64) -> Option<PageRun> {
-    let first = find(words, at, 0)?;
-    let end = find(words, first, u64::MAX).unwrap_or(words.len() as u64 * BITS);
-    Some(PageRun { first, count: end - first })
+/// Runs of set bits, ascending, never adjacent.
+#[derive(Debug)]
+pub(super) struct Runs<'a> {
+    words: &'a [u64],
+    index: usize,
+    /// Bits of `words[index]` that have not been visited
+    word: u64,
 }
 
-/// The first bit at or after `at` that is set in `word ^ flip`. Eight words that are all `flip` are skipped at once.
-fn find(words: &[u64], at: u64, flip: u64) -> Option<u64> {
-    let mut index = usize::try_from(at / BITS).ok()?;
-    let word = (words.get(index)? ^ flip) & (u64::MAX << (at % BITS));
-    if word != 0 {
-        return Some(index as u64 * BITS + u64::from(word.trailing_zeros()));
+impl<'a> Runs<'a> {
+    /// From bit `at` on.
+    pub(super) fn new(words: &'a [u64], at: u64) -> Self {
+        let index = usize::try_from(at / BITS).unwrap_or(usize::MAX);
+        let word = words.get(index).map_or(0, |word| word & u64::MAX << (at % BITS));
+        Self { words, index, word }
     }
-    index += 1;
-    while words.get(index..index + 8).is_some_and(|eight| eight.iter().fold(0, |all, word| all | (word ^ flip)) == 0) {
-        index += 8;
+
+    /// Moves on to the next word that is not `skipped`, eight of those at a time. `None` at the end.
+    fn advance(&mut self, skipped: u64) -> Option<()> {
+        let mut index = self.index.checked_add(1)?;
+        loop {
+            let word = *self.words.get(index)?;
+            if word != skipped {
+                (self.index, self.word) = (index, word);
+                return Some(());
+            }
+            index += 1;
+            while let Some(eight) = self.words.get(index..index + 8)
+                && eight.iter().fold(0, |all, word| all | (word ^ skipped)) == 0
+            {
+                index += 8;
+            }
+        }
     }
-    let offset = words.get(index..)?.iter().position(|word| *word != flip)?;
-    index += offset;
-    Some(index as u64 * BITS + u64::from((words[index] ^ flip).trailing_zeros()))
+
+    /// The run has ended at `end`, with what is left of its last word still to visit.
+    fn run(first: u64, end: u64) -> Option<PageRun> {
+        Some(PageRun { first, count: end - first })
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = PageRun;
+
+    fn next(&mut self) -> Option<PageRun> {
+        if self.word == 0 {
+            self.advance(0)?;
+        }
+        let base = self.index as u64 * BITS;
+        let lowest = self.word & self.word.wrapping_neg();
+        let first = base + u64::from(lowest.trailing_zeros());
+        // Adding the lowest bit carries through the run; a carry out of the word is a run that goes on.
+        let (carried, goes_on) = self.word.overflowing_add(lowest);
+        if !goes_on {
+            let end = base + u64::from((self.word ^ carried | lowest).ilog2());
+            self.word &= carried;
+            return Self::run(first, end);
+        }
+        self.word = 0;
+        if self.advance(u64::MAX).is_none() {
+            self.index = self.words.len();
+            return Self::run(first, self.words.len() as u64 * BITS);
+        }
+        let ones = self.word.trailing_ones();
+        // Not all ones, so that the shift is in range.
+        self.word &= u64::MAX << ones;
+        Self::run(first, self.index as u64 * BITS + u64::from(ones))
+    }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::drain::Runs;
 use super::{DirtyLog, GuestRam, MemoryError, PAGE_SIZE};
 
 /// Most maps of one VM; the kernel's own limit for a type1 container.
@@ -199,12 +200,10 @@ impl AddressSpace {
     /// The same for a page size that is not the log's, run by run.
     fn mark_report_runs(&self, iova: u64, length: u64, page_size: u64, bitmap: &[u64]) -> Result<(), MemoryError> {
         let mut result = Ok(());
-        let mut bit = 0;
-        while let Some(run) = super::drain::next_run(bitmap, bit) {
+        for run in Runs::new(bitmap, 0) {
             let start = run.first * page_size;
             let bytes = (run.count.saturating_mul(page_size)).min(length - start);
             result = result.and(self.mark_dirty(iova + start, bytes));
-            bit = run.first + run.count;
         }
         result
     }

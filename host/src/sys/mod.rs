@@ -4,14 +4,23 @@
 //! fd without owning it, or make a Rust reference to memory that a guest or a device can write.
 #![allow(unsafe_code)]
 
+mod eventfd;
+mod ioctl;
+pub mod iommufd;
+mod iospace;
 mod mapping;
 mod membarrier;
 mod memfd;
 mod pagemap;
 mod uffd;
+pub mod vfio;
 
+pub use eventfd::EventFd;
+pub use iospace::{IoMap, IoSpace};
 pub use mapping::{Mapping, MappingError};
 pub use membarrier::AsymmetricFence;
 pub use memfd::{Seal, memfd, seal};
 pub use pagemap::Pagemap;
+#[cfg(all(test, not(loom)))]
+pub(crate) use pagemap::read_into;
 pub use uffd::AsyncWriteProtect;

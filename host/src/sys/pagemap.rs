@@ -112,6 +112,22 @@ impl Pagemap {
     }
 }
 
+/// A read(2) whose buffer is the mapping, so that the kernel is the writer.
+#[cfg(all(test, not(loom)))]
+pub(crate) fn read_into(
+    fd: impl std::os::fd::AsFd,
+    mapping: &Mapping,
+    offset: u64,
+    length: usize,
+) -> io::Result<usize> {
+    assert!(offset + length as u64 <= mapping.len());
+    let pointer = (mapping.address() + offset) as *mut std::mem::MaybeUninit<u8>;
+    // SAFETY: inside a live, writable mapping; the tests that call this touch these bytes from no other thread meanwhile.
+    let buffer = unsafe { std::slice::from_raw_parts_mut(pointer, length) };
+    let (read, _) = rustix::io::read(fd, buffer)?;
+    Ok(read.len())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -20,11 +20,11 @@ pub const ENTRY_PANIC_ABORTS: u32 = 1 << 0;
 
 /// The exported symbol. The host reads it before it runs anything of the plug-in.
 ///
-/// A Rust plug-in points `rust_header` at its abi_stable header, whose layout the host compares with its own in both
+/// A Rust plug-in points `rust_header` at its sdk's [`RUST_HEADER`](crate::layout::RUST_HEADER), whose layout the host compares with its own in both
 /// directions. A C plug-in leaves it null and is checked by `abi_major`, `struct_size` and `fingerprint`, which the
 /// generated header defines.
 #[repr(C)]
-#[derive(Debug)]
+#[derive(Debug, StableAbi)]
 pub struct Entry {
     /// [`ENTRY_MAGIC`]
     pub magic: u64,
@@ -32,12 +32,12 @@ pub struct Entry {
     pub struct_size: u32,
     pub abi_major: u16,
     pub abi_minor: u16,
-    /// `ABI_FINGERPRINT` as the plug-in was compiled: a hash over the sizes and offsets of every structure of the ABI
+    /// [`ABI_FINGERPRINT`](crate::layout::ABI_FINGERPRINT) as the plug-in was compiled: a hash over the sizes and offsets of every structure of the ABI
     pub fingerprint: u64,
     /// `ENTRY_*` bits; unknown bits are refused
     pub flags: u32,
     pub reserved: u32,
-    /// `abi_stable::library::AbiHeader`, or null for a plug-in that is not written in Rust
+    /// [`RustHeader`](crate::layout::RustHeader), or null for a plug-in that is not written in Rust
     pub rust_header: *const c_void,
     /// Never null
     pub plugin: *const Plugin,
@@ -70,7 +70,7 @@ pub const PROBE_CLAIM: i32 = 1;
 
 /// A plug-in: who it is, which devices it knows, how to open one.
 #[repr(C)]
-#[derive(Debug, StableAbi)]
+#[derive(Debug, Clone, Copy, StableAbi)]
 pub struct Plugin {
     pub struct_size: u32,
     pub reserved: u32,

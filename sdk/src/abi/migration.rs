@@ -84,7 +84,7 @@ pub struct MigrationOps {
         unsafe extern "C" fn(state: Opaque, ctx: *const CallContext, from: u32, to: u32, actual: *mut u32) -> i32,
     >,
     /// Fills `buffer` with the next bytes of the state and stores their count. [`SAVE_MORE`] or [`SAVE_END`]. In
-    /// PRE_COPY, PRE_COPY_P2P and STOP_COPY: one stream.
+    /// PRE_COPY, PRE_COPY_P2P and STOP_COPY: one stream. Buffers of the host are initialised memory.
     pub save: Option<
         unsafe extern "C" fn(
             state: Opaque,

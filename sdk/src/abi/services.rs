@@ -33,7 +33,8 @@ pub struct CallContext {
 #[derive(Debug, Clone, Copy, StableAbi)]
 pub struct Scratch {
     pub struct_size: u32,
-    pub reserved: u32,
+    /// In: the device reaches only addresses below 2 to this power; 0 when it reaches all
+    pub address_bits: u32,
     pub iova: u64,
     pub length: u64,
     /// The same memory in this process. The device may write it at any time.

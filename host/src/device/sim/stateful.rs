@@ -526,6 +526,10 @@ impl NativeDmaLogging for Stateful {
         if !proper || !disjoint || state.log.is_some() {
             return Err(refused(Errno::INVAL));
         }
+        // 2^64 bytes are a length that the uAPI cannot say.
+        if sorted[0].iova == 0 && sorted[0].last == u64::MAX {
+            return Err(refused(Errno::OVERFLOW));
+        }
         state.log = Some(Log { ranges: sorted, dirty: BTreeSet::new() });
         Ok(PAGE_SIZE)
     }

@@ -1,0 +1,213 @@
+//! The I/O address space of one VM's devices: a container for devices opened by group, an iommufd for those by cdev.
+//!
+//! **Owns** the container or iommufd, and the group fds. **Must never** leave a group open that no device needs.
+//! Locks: `groups`, taken only to open and to close a device. It is held across those calls on purpose: joining,
+//! choosing the IOMMU and leaving are one step each for the other devices of the VM.
+
+use std::collections::BTreeMap;
+use std::ffi::CStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::{self, Errno};
+use vfio_bindings::bindings::vfio::{VFIO_GROUP_FLAGS_VIABLE, vfio_iommu_type1_info};
+
+use super::caps;
+use crate::device::{Backend, IovaRange};
+use crate::sys::{IoMap, IoSpace, iommufd, vfio};
+
+/// What an operator may have to do before the failure goes away; `errno` is the kernel's.
+#[derive(Debug)]
+pub(super) struct IommuError {
+    pub what: String,
+    pub errno: Errno,
+}
+
+fn because<T>(result: io::Result<T>, what: impl FnOnce() -> String) -> Result<T, IommuError> {
+    result.map_err(|errno| IommuError { what: what(), errno })
+}
+
+/// Shared by the devices of one VM (`Options::iommu`): each DMA map reaches the kernel once.
+#[derive(Debug)]
+pub struct Iommu {
+    space: IoSpace,
+    groups: Mutex<BTreeMap<u32, Group>>,
+    next_user: AtomicU64,
+}
+
+/// Closed with its last device. The kernel takes a group out of the container when its fd is closed.
+#[derive(Debug)]
+struct Group {
+    fd: OwnedFd,
+    devices: u32,
+}
+
+/// A device's place in the address space. Dropped after the device's fd: its maps leave, then its group.
+#[derive(Debug)]
+pub(super) struct Membership {
+    iommu: Arc<Iommu>,
+    user: u64,
+    group: Option<u32>,
+    /// The device's id in the iommufd
+    device_id: Option<u32>,
+}
+
+pub(super) fn open_node(path: &Path) -> io::Result<OwnedFd> {
+    open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+}
+
+impl Iommu {
+    /// A container (`/dev/vfio/vfio`), for devices opened by group.
+    pub fn container() -> io::Result<Arc<Self>> {
+        Ok(Self::new(IoSpace::container(open_node(Path::new("/dev/vfio/vfio"))?)?))
+    }
+
+    /// An iommufd (`/dev/iommu`) with one IOAS, for devices opened by cdev.
+    pub fn iommufd() -> io::Result<Arc<Self>> {
+        Ok(Self::new(IoSpace::ioas(open_node(Path::new("/dev/iommu"))?)?))
+    }
+
+    fn new(space: IoSpace) -> Arc<Self> {
+        Arc::new(Self { space, groups: Mutex::default(), next_user: AtomicU64::new(0) })
+    }
+
+    /// Which devices may share it.
+    pub fn backend(&self) -> Backend {
+        if self.space.ioas_id().is_some() { Backend::VfioCdev } else { Backend::VfioGroup }
+    }
+
+    fn groups(&self) -> MutexGuard<'_, BTreeMap<u32, Group>> {
+        // Nothing panics while it is held.
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn member(self: &Arc<Self>, group: Option<u32>, device_id: Option<u32>) -> Membership {
+        Membership { iommu: self.clone(), user: self.next_user.fetch_add(1, Ordering::Relaxed), group, device_id }
+    }
+
+    /// Opens the group's node, joins it to the container, and opens the device `name` (as GET_DEVICE_FD takes it).
+    pub(super) fn open_by_group(
+        self: &Arc<Self>,
+        number: u32,
+        node: &Path,
+        name: &CStr,
+        unviable: impl FnOnce() -> String,
+    ) -> Result<(OwnedFd, Membership), IommuError> {
+        let mut groups = self.groups();
+        let group = match groups.remove(&number) {
+            Some(group) => group,
+            None => Group { fd: self.join(number, node, unviable)?, devices: 0 },
+        };
+        let device = vfio::group_device_fd(group.fd.as_fd(), name);
+        let devices = group.devices + u32::from(device.is_ok());
+        if devices > 0 {
+            groups.insert(number, Group { devices, ..group });
+        }
+        let device = because(device, || format!("group {number} does not hand the device out"))?;
+        Ok((device, self.member(Some(number), None)))
+    }
+
+    fn join(&self, number: u32, node: &Path, unviable: impl FnOnce() -> String) -> Result<OwnedFd, IommuError> {
+        let group = because(open_node(node), || match node.exists() {
+            true => format!("opening {} (in use by another process, or no permission)", node.display()),
+            false => format!("no {}: is the device bound to a VFIO driver?", node.display()),
+        })?;
+        let flags = because(vfio::group_status(group.as_fd()), || format!("asking group {number} for its status"))?;
+        if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
+            return Err(IommuError {
+                what: format!("group {number} is not viable: {}", unviable()),
+                errno: Errno::PERM,
+            });
+        }
+        because(vfio::group_set_container(group.as_fd(), self.space.fd()), || {
+            format!("joining group {number} to the container")
+        })?;
+        // The first group chooses; a container whose groups have all left has to choose again.
+        if self.space.type1_info().is_err() {
+            because(self.space.set_type1v2(), || "choosing the type1v2 IOMMU".to_owned())?;
+        }
+        Ok(group)
+    }
+
+    /// Binds an open cdev to the iommufd and attaches it to the address space.
+    pub(super) fn attach_cdev(
+        self: &Arc<Self>,
+        device: OwnedFd,
+        token: Option<&[u8; 16]>,
+    ) -> Result<(OwnedFd, Membership), IommuError> {
+        let ioas_id = because(self.space.ioas_id().ok_or(Errno::INVAL), || "a container takes no cdev".to_owned())?;
+        let device_id = because(vfio::bind_iommufd(device.as_fd(), self.space.fd(), token), || {
+            "binding to the iommufd (EBUSY: it is open by group, or by another process)".to_owned()
+        })?;
+        because(vfio::attach_iommufd_pt(device.as_fd(), ioas_id), || "attaching to the address space".to_owned())?;
+        Ok((device, self.member(None, Some(device_id))))
+    }
+
+    fn leave_group(&self, number: u32) {
+        let mut groups = self.groups();
+        if let Some(group) = groups.get_mut(&number) {
+            group.devices -= 1;
+            if group.devices == 0 {
+                groups.remove(&number);
+            }
+        }
+    }
+}
+
+impl Membership {
+    pub fn map(&self, map: &IoMap) -> io::Result<()> {
+        self.iommu.space.map(self.user, map)
+    }
+
+    pub fn unmap(&self, iova: u64, length: u64) -> io::Result<()> {
+        self.iommu.space.unmap(self.user, iova, length)
+    }
+
+    pub fn iommu(&self) -> &Arc<Iommu> {
+        &self.iommu
+    }
+
+    /// What may be mapped, given the devices in the space now. A container names nothing while all its devices have an
+    /// emulated IOMMU (mdev): then everything may.
+    pub fn iova_ranges(&self) -> io::Result<Vec<IovaRange>> {
+        let space = &self.iommu.space;
+        if let Some(ioas_id) = space.ioas_id() {
+            let ranges = iommufd::ioas_iova_ranges(space.fd(), ioas_id)?;
+            return Ok(ranges.iter().map(|range| IovaRange { iova: range.start, last: range.last }).collect());
+        }
+        let (info, answer) = space.type1_info()?;
+        let ranges = caps::iova_ranges(&answer, size_of::<vfio_iommu_type1_info>(), info.cap_offset);
+        Ok(match ranges.map_err(|_| Errno::PROTO)? {
+            Some(ranges) => ranges.into_iter().map(|(iova, last)| IovaRange { iova, last }).collect(),
+            None => vec![IovaRange { iova: 0, last: u64::MAX }],
+        })
+    }
+
+    /// Whether the IOMMU in front of the device can track dirty pages: `Ok(false)` where the kernel says it cannot.
+    /// Only an iommufd can be asked; a container tracks no dirt in hardware.
+    pub fn iommu_tracks_dirt(&self) -> io::Result<bool> {
+        let space = &self.iommu.space;
+        let (Some(device), Some(ioas)) = (self.device_id, space.ioas_id()) else { return Ok(false) };
+        match iommufd::hw_capabilities(space.fd(), device) {
+            Ok(capabilities) if capabilities & iommufd::HW_CAP_DIRTY_TRACKING == 0 => return Ok(false),
+            // An emulated IOMMU has no hardware to ask.
+            Err(Errno::NOENT | Errno::INVAL | Errno::OPNOTSUPP) => return Ok(false),
+            other => other?,
+        };
+        iommufd::probe_dirty_tracking(space.fd(), device, ioas).map(|()| true)
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        if let Err(errno) = self.iommu.space.forget(self.user) {
+            tracing::error!(%errno, "unmapping a closed device's memory; it stays referenced until the VM's I/O space is closed");
+        }
+        if let Some(group) = self.group {
+            self.iommu.leave_group(group);
+        }
+    }
+}

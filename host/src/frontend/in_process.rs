@@ -1,0 +1,275 @@
+//! A guest inside the host's own process: for embedders, for the demo, for tests.
+//!
+//! **Owns** the pause gate of the guest's threads and the watch over what they store. **Must never** let a guest thread
+//! run past a checkpoint while the guest is paused, nor let `pause` return while one does.
+//!
+//! ```text
+//!  RUNNING -- pause --> PAUSING -- last thread parked or gone --> PAUSED -- resume --> RUNNING
+//!                          +-- deadline passed: back to RUNNING, all of them --+
+//! ```
+//! Locks: one, over the counts; never held while guest code, a device or memory is touched.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use crate::device::{IrqAction, IrqData, IrqSet};
+use crate::mediation::{MediatedDevice, MediationError, VmmError, VmmPort};
+use crate::memory::{AddressSpace, CpuDirt, DirtyLog};
+use crate::sys::EventFd;
+use std::os::fd::AsFd;
+
+#[derive(Debug, Default)]
+struct Threads {
+    paused: bool,
+    /// Guest threads that exist
+    attached: u32,
+    /// Of those, the ones that wait at a checkpoint
+    parked: u32,
+    /// The guest is not to run again: checkpoints answer false
+    ended: bool,
+}
+
+/// The machine that a guest in this process runs on.
+pub struct InProcess {
+    memory: Arc<AddressSpace>,
+    threads: Mutex<Threads>,
+    changed: Condvar,
+    dirt: Mutex<Option<CpuDirt>>,
+}
+
+impl std::fmt::Debug for InProcess {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InProcess").field("threads", &*lock(&self.threads)).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl InProcess {
+    /// A machine whose guest is paused until [`VmmPort::resume`].
+    pub fn paused(memory: Arc<AddressSpace>) -> Arc<Self> {
+        let threads = Threads { paused: true, ..Threads::default() };
+        Arc::new(Self { memory, threads: Mutex::new(threads), changed: Condvar::new(), dirt: Mutex::new(None) })
+    }
+
+    pub fn memory(&self) -> &Arc<AddressSpace> {
+        &self.memory
+    }
+
+    /// A guest thread begins. It must call [`GuestThread::checkpoint`] before it touches anything.
+    pub fn attach(self: &Arc<Self>) -> GuestThread {
+        lock(&self.threads).attached += 1;
+        GuestThread { machine: Arc::clone(self) }
+    }
+
+    /// Ends the guest: every checkpoint answers false from now on, also those that wait.
+    pub fn end(&self) {
+        lock(&self.threads).ended = true;
+        self.changed.notify_all();
+    }
+
+    pub fn is_paused(&self) -> bool {
+        let threads = lock(&self.threads);
+        threads.paused && threads.parked == threads.attached
+    }
+}
+
+/// One thread of the guest. Dropped, the guest has one fewer.
+#[derive(Debug)]
+pub struct GuestThread {
+    machine: Arc<InProcess>,
+}
+
+impl GuestThread {
+    /// Waits while the guest is paused. Between two checkpoints the guest cannot be paused: keep it short. False: the
+    /// guest has ended, and this thread must touch nothing any more.
+    pub fn checkpoint(&self) -> bool {
+        let mut threads = lock(&self.machine.threads);
+        if threads.paused && !threads.ended {
+            threads.parked += 1;
+            self.machine.changed.notify_all();
+            while threads.paused && !threads.ended {
+                threads = self.machine.changed.wait(threads).unwrap_or_else(PoisonError::into_inner);
+            }
+            threads.parked -= 1;
+        }
+        !threads.ended
+    }
+}
+
+impl Drop for GuestThread {
+    fn drop(&mut self) {
+        lock(&self.machine.threads).attached -= 1;
+        self.machine.changed.notify_all();
+    }
+}
+
+impl VmmPort for InProcess {
+    fn pause(&self, deadline: Instant) -> Result<(), VmmError> {
+        let mut threads = lock(&self.threads);
+        threads.paused = true;
+        while threads.parked < threads.attached && !threads.ended {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                threads.paused = false;
+                let running = threads.attached - threads.parked;
+                self.changed.notify_all();
+                let what = format!("{running} guest threads did not come to a checkpoint in time");
+                return Err(VmmError { what, errno: Errno::TIMEDOUT });
+            }
+            threads = self.changed.wait_timeout(threads, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), VmmError> {
+        lock(&self.threads).paused = false;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn start_cpu_dirt(&self) -> Result<(), VmmError> {
+        let failed = |error: crate::memory::MemoryError| VmmError {
+            what: format!("watching what the guest stores: {error}"),
+            errno: error.errno(),
+        };
+        let dirt = CpuDirt::new(Arc::clone(self.memory.ram().mapping())).map_err(failed)?;
+        dirt.arm().map_err(failed)?;
+        *lock(&self.dirt) = Some(dirt);
+        Ok(())
+    }
+
+    fn sync_cpu_dirt(&self, log: &DirtyLog) -> Result<(), VmmError> {
+        let dirt = lock(&self.dirt);
+        let Some(dirt) = dirt.as_ref() else {
+            let what = "nobody watches what the guest stores".to_owned();
+            return Err(VmmError { what, errno: Errno::INVAL });
+        };
+        dirt.collect(log, 0)
+            .map_err(|error| VmmError { what: format!("reading what the guest stored: {error}"), errno: error.errno() })
+    }
+
+    fn stop_cpu_dirt(&self) {
+        lock(&self.dirt).take();
+    }
+}
+
+/// One interrupt vector of a device, as an eventfd of the guest's.
+#[derive(Debug)]
+pub struct IrqLine {
+    event: EventFd,
+}
+
+impl IrqLine {
+    /// Connects a vector: from now on the device signals this line.
+    pub fn connect(device: &MediatedDevice, index: u32, vector: u32) -> Result<Self, MediationError> {
+        let event = EventFd::new()
+            .map_err(|errno| MediationError::Refused { what: "an eventfd for the guest".to_owned(), errno })?;
+        let fds = [Some(event.as_fd())];
+        device.set_irqs(&IrqSet {
+            index,
+            start: vector,
+            count: 1,
+            action: IrqAction::Trigger,
+            data: IrqData::EventFd(&fds),
+        })?;
+        Ok(Self { event })
+    }
+
+    /// Waits until the vector fires, at most `patience`; takes it. How often it fired since.
+    pub fn wait(&self, patience: Duration) -> Result<u64, Errno> {
+        self.event.wait(Instant::now() + patience)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+    use crate::memory::{GuestRam, PAGE_SIZE};
+
+    fn machine() -> Arc<InProcess> {
+        InProcess::paused(AddressSpace::new(GuestRam::new(4 * PAGE_SIZE).unwrap()))
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(20)
+    }
+
+    /// spec: GUEST-1
+    #[test]
+    fn no_thread_runs_between_pause_and_resume() {
+        let machine = machine();
+        let steps = Arc::new(AtomicU64::new(0));
+        let threads: Vec<_> = (0..3)
+            .map(|_| {
+                let (thread, steps) = (machine.attach(), Arc::clone(&steps));
+                std::thread::spawn(move || {
+                    while thread.checkpoint() {
+                        steps.fetch_add(1, Ordering::SeqCst);
+                    }
+                })
+            })
+            .collect();
+        for _ in 0..200 {
+            machine.resume().unwrap();
+            let before = steps.load(Ordering::SeqCst);
+            while steps.load(Ordering::SeqCst) < before + 3 {
+                std::thread::yield_now();
+            }
+            machine.pause(soon()).unwrap();
+            let stopped = steps.load(Ordering::SeqCst);
+            assert!(machine.is_paused());
+            for _ in 0..10 {
+                std::thread::yield_now();
+            }
+            assert_eq!(steps.load(Ordering::SeqCst), stopped);
+        }
+        machine.end();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    /// spec: GUEST-2
+    #[test]
+    fn a_pause_that_comes_too_late_leaves_every_thread_running() {
+        let machine = machine();
+        machine.resume().unwrap();
+        let stubborn = machine.attach();
+        let error = machine.pause(Instant::now()).unwrap_err();
+        assert_eq!(error.errno, Errno::TIMEDOUT);
+        assert!(stubborn.checkpoint(), "runs on without waiting");
+    }
+
+    #[test]
+    fn a_thread_that_has_gone_is_not_waited_for() {
+        let machine = machine();
+        machine.resume().unwrap();
+        drop(machine.attach());
+        machine.pause(soon()).unwrap();
+    }
+
+    /// spec: GUEST-3
+    #[test]
+    fn stores_of_guest_threads_are_seen_and_unwatched_memory_is_an_error() {
+        let machine = machine();
+        let log = DirtyLog::new(4);
+        log.start();
+        log.drain().commit();
+        assert!(machine.sync_cpu_dirt(&log).is_err(), "nobody watches");
+        if let Err(why) = CpuDirt::supported() {
+            // The kernel's word decides; then the host refuses to copy memory, which has its own test.
+            assert!(machine.start_cpu_dirt().is_err(), "{why}");
+            return;
+        }
+        machine.start_cpu_dirt().unwrap();
+        machine.memory().ram().mapping().fill(2 * PAGE_SIZE, 1, 7).unwrap();
+        machine.sync_cpu_dirt(&log).unwrap();
+        assert_eq!(log.drain().words(), [0b100]);
+        machine.stop_cpu_dirt();
+    }
+}

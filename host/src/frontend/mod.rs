@@ -1,0 +1,3 @@
+//! Front-ends: how a guest, or the VMM that runs it, sees mediated devices.
+
+pub mod in_process;

@@ -1,0 +1,293 @@
+//! A plug-in file, opened and checked. Nothing of the plug-in has run but its library's constructors.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use abi_stable::abi_stability::abi_checking::{
+    AbiInstability, AbiInstabilityErrors, CheckingGlobals, check_layout_compatibility_with_globals,
+};
+use abi_stable::type_layout::TypeLayout;
+use libloading::os::unix::{Library as Handle, RTLD_LOCAL, RTLD_NOW};
+use vfio_mediate_sdk::abi::{self, Entry};
+use vfio_mediate_sdk::layout;
+
+use super::{copy_sized, entries, text};
+use crate::plugin::error::LoadError;
+use crate::plugin::{DeviceMatch, elf};
+use crate::sys::{Seal, memfd};
+
+/// `RTLD_NODELETE` of the C library: the library stays mapped for ever, whatever is done with its handle.
+const RTLD_NODELETE: i32 = 0x1000;
+
+/// A checked plug-in, not registered yet. Its code stays mapped for the life of the process.
+pub struct Library {
+    path: PathBuf,
+    name: String,
+    version: String,
+    vendor: String,
+    matches: Vec<DeviceMatch>,
+    panic_aborts: bool,
+    is_rust: bool,
+    plugin: abi::Plugin,
+}
+
+impl fmt::Debug for Library {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Library({} {} from {})", self.name, self.version, self.path.display())
+    }
+}
+
+impl Library {
+    /// Opens and checks `path`. A file that is cut short, replaced while it is read, or no plug-in at all is an error.
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
+        let bytes = read(path)?;
+        elf::check(&bytes).map_err(|what| LoadError::NotALibrary { path: path.to_owned(), what })?;
+        let handle = link(path, &bytes)?;
+        Self::inspect(path, &handle)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    pub fn vendor(&self) -> &str {
+        &self.vendor
+    }
+
+    pub fn matches(&self) -> &[DeviceMatch] {
+        &self.matches
+    }
+
+    /// A panic of this plug-in ends the process: it was compiled with `panic=abort`.
+    pub fn panic_aborts(&self) -> bool {
+        self.panic_aborts
+    }
+
+    pub fn is_rust(&self) -> bool {
+        self.is_rust
+    }
+
+    pub(in crate::plugin) fn table(&self) -> &abi::Plugin {
+        &self.plugin
+    }
+
+    fn inspect(path: &Path, handle: &Handle) -> Result<Self, LoadError> {
+        let not_ours = |what: String| LoadError::NotAPlugin { path: path.to_owned(), what };
+        let other_abi = |what: String| LoadError::Abi { path: path.to_owned(), what };
+        let malformed = |what: String| LoadError::Malformed { path: path.to_owned(), what };
+
+        // SAFETY: the symbol is only turned into a pointer here, and what it points at is checked before it is believed.
+        let symbol = unsafe { handle.get::<*const Entry>(abi::ENTRY_SYMBOL.as_bytes()) }
+            .map_err(|_| not_ours(format!("it does not export {}", abi::ENTRY_SYMBOL)))?;
+        let entry = symbol.into_raw().cast::<Entry>().cast_const();
+        let entry = read_entry(entry).map_err(not_ours)?;
+        check_version(&entry).map_err(other_abi)?;
+        let is_rust = !entry.rust_header.is_null();
+        if is_rust {
+            check_layout(&entry).map_err(other_abi)?;
+        } else if entry.fingerprint != layout::ABI_FINGERPRINT {
+            return Err(other_abi(format!(
+                "its header's fingerprint is {:#018x}, this host's is {:#018x}",
+                entry.fingerprint,
+                layout::ABI_FINGERPRINT
+            )));
+        }
+        let unknown = entry.flags & !abi::ENTRY_PANIC_ABORTS;
+        if unknown != 0 {
+            return Err(other_abi(format!("its entry has unknown flags {unknown:#x}")));
+        }
+        // SAFETY: the entry was checked to be of this ABI, by which `plugin` is a whole structure that lives for ever.
+        let plugin = unsafe { copy_sized(entry.plugin, "the plug-in's table") }.map_err(malformed)?;
+        // SAFETY: texts and lists of the table live for ever, as the ABI says.
+        let described = unsafe { describe(&plugin) }.map_err(malformed)?;
+        let (name, version, vendor, matches) = described;
+        Ok(Self {
+            path: path.to_owned(),
+            name,
+            version,
+            vendor,
+            matches,
+            panic_aborts: entry.flags & abi::ENTRY_PANIC_ABORTS != 0,
+            is_rust,
+            plugin,
+        })
+    }
+}
+
+/// Reads a file of at most [`elf::SIZE_MAX`] bytes. A FIFO or a device is not waited for.
+fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
+    let fail = |source| LoadError::Read { path: path.to_owned(), source };
+    let not = |what: &str| LoadError::NotALibrary { path: path.to_owned(), what: what.to_owned() };
+    let nonblock = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(nonblock).open(path).map_err(fail)?;
+    let kind = file.metadata().map_err(fail)?;
+    if kind.is_dir() {
+        return Err(not("it is a folder"));
+    }
+    if kind.file_type().is_fifo() || kind.file_type().is_socket() || !kind.is_file() {
+        return Err(not("it is not a regular file"));
+    }
+    if kind.len() > elf::SIZE_MAX {
+        return Err(not("it is larger than 256 MiB"));
+    }
+    let mut bytes = Vec::new();
+    file.take(elf::SIZE_MAX).read_to_end(&mut bytes).map_err(fail)?;
+    Ok(bytes)
+}
+
+/// Links a sealed copy in memory, so that the file can be replaced or cut while it is loaded.
+fn link(path: &Path, bytes: &[u8]) -> Result<Handle, LoadError> {
+    let fail = |source: std::io::Error| LoadError::Read { path: path.to_owned(), source };
+    let size = bytes.len() as u64;
+    let copy = memfd("vfio-mediate plug-in", size, Seal::Open).map_err(fail)?;
+    let mut copy = File::from(copy);
+    copy.write_all(bytes).map_err(fail)?;
+    crate::sys::seal(&copy, Seal::Contents).map_err(fail)?;
+    // The dynamic linker knows libraries by name: the number must never be another file's, so the fd is never closed.
+    let name = format!("/proc/self/fd/{}", copy.as_raw_fd());
+    std::mem::forget(copy);
+    // SAFETY: runs the library's constructors, whose author is trusted with the process (invariant 7). The handle's
+    // library stays mapped: NODELETE.
+    unsafe { Handle::open(Some(&name), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE) }
+        .map_err(|error| LoadError::Link { path: path.to_owned(), what: linker_said(&error, &name) })
+}
+
+/// The dynamic linker's own words; libloading's say only that it failed.
+fn linker_said(error: &libloading::Error, name: &str) -> String {
+    let mut words = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        words = inner.to_string();
+        source = inner.source();
+    }
+    words.replace(name, "the library").replace('\n', " ")
+}
+
+fn read_entry(entry: *const Entry) -> Result<Entry, String> {
+    if entry.is_null() || !entry.is_aligned() {
+        return Err(format!("{} is null or misaligned", abi::ENTRY_SYMBOL));
+    }
+    // SAFETY: a symbol of a loaded library; its first bytes are readable. An entry is integers and pointers only, so any
+    // bytes are one; the magic number is looked at before the rest.
+    let magic = unsafe { entry.cast::<u64>().read() };
+    if magic != abi::ENTRY_MAGIC {
+        return Err(format!("{} is something else (magic {magic:#018x})", abi::ENTRY_SYMBOL));
+    }
+    // SAFETY: the magic number says that an entry of at least version 1's size is here.
+    Ok(unsafe { std::ptr::read(entry) })
+}
+
+fn check_version(entry: &Entry) -> Result<(), String> {
+    if entry.abi_major != abi::ABI_MAJOR {
+        let age = if entry.abi_major < abi::ABI_MAJOR { "an older" } else { "a newer" };
+        return Err(format!(
+            "{age} one, version {}.{}; this host has {}.{}",
+            entry.abi_major,
+            entry.abi_minor,
+            abi::ABI_MAJOR,
+            abi::ABI_MINOR
+        ));
+    }
+    if entry.struct_size as usize != size_of::<Entry>() {
+        return Err(format!("its entry has {} bytes, not {}", entry.struct_size, size_of::<Entry>()));
+    }
+    if entry.plugin.is_null() {
+        return Err("its entry names no plug-in".into());
+    }
+    Ok(())
+}
+
+/// Compares the layout that a Rust plug-in was compiled with to ours, in both directions: the checker of the one side
+/// takes what the other side lacks for granted.
+fn check_layout(entry: &Entry) -> Result<(), String> {
+    // SAFETY: the entry's magic and version say that it was made by our macro; the header is data that lives for ever.
+    let theirs = unsafe { layout::read_header(entry.rust_header) }.map_err(|error| error.to_string())?;
+    let ours = layout::root_layout();
+    compare(ours, theirs)?;
+    compare(theirs, ours)
+}
+
+fn compare(interface: &'static TypeLayout, implementation: &'static TypeLayout) -> Result<(), String> {
+    // Fresh globals for each comparison: cached ones would keep pointers into this library.
+    match check_layout_compatibility_with_globals(interface, implementation, &CheckingGlobals::new()) {
+        Ok(()) => Ok(()),
+        Err(errors) => {
+            let lines = leaves(&errors);
+            if lines.is_empty() { Ok(()) } else { Err(lines.join("\n  ")) }
+        }
+    }
+}
+
+/// One line per difference. The version of the crate that defines a type is not the ABI's version.
+fn leaves(errors: &AbiInstabilityErrors) -> Vec<String> {
+    const LINES_MAX: usize = 16;
+    let mut lines = Vec::new();
+    for error in &errors.errors {
+        let place: Vec<String> =
+            error.stack_trace.iter().map(|step| step.expected.to_string().replace('\n', " ")).collect();
+        for difference in &error.errs {
+            if matches!(difference, AbiInstability::PackageVersion(_)) {
+                continue;
+            }
+            if lines.len() == LINES_MAX {
+                lines.push("... and more".to_owned());
+                return lines;
+            }
+            lines.push(format!("{}: {}", place.join("."), short(difference)));
+        }
+    }
+    lines
+}
+
+fn short(difference: &AbiInstability) -> String {
+    let name = |layout: &TypeLayout| layout.name().to_owned();
+    match difference {
+        AbiInstability::Name(found) => format!("expected {}, found {}", found.expected, found.found),
+        AbiInstability::Size(found) => format!("expected {} bytes, found {}", found.expected, found.found),
+        AbiInstability::Alignment(found) => format!("expected alignment {}, found {}", found.expected, found.found),
+        AbiInstability::FieldCountMismatch(found) => {
+            format!("expected {} fields, found {}", found.expected, found.found)
+        }
+        AbiInstability::CyclicTypeChecking { interface, implementation } => {
+            format!("{} against {}", name(interface), name(implementation))
+        }
+        other => format!("{other:?}").chars().filter(|c| *c != '\n').take(160).collect(),
+    }
+}
+
+/// # Safety
+/// The table's texts and lists are readable, as the ABI says.
+#[allow(clippy::type_complexity)] // four plain values that become fields at once
+unsafe fn describe(plugin: &abi::Plugin) -> Result<(String, String, String, Vec<DeviceMatch>), String> {
+    // SAFETY: by the caller.
+    let name = unsafe { text(plugin.name, "the plug-in's name", 1, 64) }?;
+    if !name.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'_' || c == b'-') {
+        return Err(format!("the plug-in's name {name:?} has other characters than a-z, 0-9, _ and -"));
+    }
+    // SAFETY: by the caller.
+    let version = unsafe { text(plugin.version, "the plug-in's version", 1, 64) }?;
+    // SAFETY: by the caller.
+    let vendor = unsafe { text(plugin.vendor, "the plug-in's vendor", 0, 128) }?;
+    if version.chars().chain(vendor.chars()).any(char::is_control) {
+        return Err("the plug-in's version or vendor has control characters".into());
+    }
+    // SAFETY: by the caller.
+    let matches = unsafe { entries(plugin.matches, plugin.match_count, "device matches") }?;
+    let matches = matches.iter().map(DeviceMatch::from_abi).collect::<Result<_, _>>()?;
+    if plugin.open.is_none() {
+        return Err("the plug-in has no open function".into());
+    }
+    Ok((name, version, vendor, matches))
+}

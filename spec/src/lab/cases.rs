@@ -1,0 +1,132 @@
+//! What the lab shows, case by case.
+//!
+//! A case is one boot of one machine (or of two that are joined), a script, and the lines that it must print. Every line
+//! that begins with `ok` or `FAIL` names the real device that it speaks of, and is passed on.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::Machine;
+
+/// The programs that the cases run, built before.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    pub device_suite: PathBuf,
+    pub demo: PathBuf,
+    pub host: PathBuf,
+    pub plugin_edu: PathBuf,
+}
+
+#[derive(Debug, Clone)]
+pub struct Case {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub machine: Machine,
+    /// Two machines, joined
+    pub pair: bool,
+    /// At least so many lines must begin with `ok`: a script that runs nothing has not passed
+    pub least_ok: usize,
+}
+
+/// edu reaches only 28 bits unless it is told otherwise; scratch memory lies above guest RAM.
+const DEMO: &str = "--plugin /case/libvfio_mediate_plugin_edu.so --memory 32M --dirty-rate 200 --rounds 2";
+
+pub fn all(programs: &Programs) -> Vec<Case> {
+    vec![devices(programs), mtty(programs), demo(programs), demo_pair(programs)]
+}
+
+fn machine(programs: &[&PathBuf], script: &str) -> Machine {
+    let mut machine = Machine::new(script);
+    machine.files = programs.iter().map(|path| (*path).clone()).collect();
+    machine
+}
+
+fn devices(programs: &Programs) -> Case {
+    let script = "
+code=0
+for open in group cdev; do
+    device-suite edu $open $EDU0 || code=1
+    device-suite igbvf $open $VF0 || code=1
+done
+exit $code";
+    Case {
+        name: "devices",
+        about: "the device suite on edu and on an igb VF, by group and by cdev",
+        machine: machine(&[&programs.device_suite], script),
+        pair: false,
+        least_ok: 20,
+    }
+}
+
+fn mtty(programs: &Programs) -> Case {
+    let script = "
+parent=/sys/devices/virtual/mtty/mtty
+type=$(ls $parent/mdev_supported_types | head -n 1)
+one=83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
+two=83b8f4f2-509f-382f-3c1e-e6bfe0fa1002
+echo $one >$parent/mdev_supported_types/$type/create
+echo $two >$parent/mdev_supported_types/$type/create
+code=0
+for open in group cdev; do device-suite mtty $open $one $two || code=1; done
+exit $code";
+    let mut machine = machine(&[&programs.device_suite], script);
+    machine.modules = vec!["mtty"];
+    machine.vfs = 0;
+    machine.edus = 0;
+    Case {
+        name: "mtty",
+        about: "the kernel's own migration v2: the mtty sample device saves, loads, logs",
+        machine,
+        pair: false,
+        least_ok: 4,
+    }
+}
+
+fn demo(programs: &Programs) -> Case {
+    let script = format!(
+        "
+for open in group cdev; do
+    demo {DEMO} --open $open --source-device vfio:$EDU0 --destination-device vfio:$EDU1 --report /tmp/r.json || exit 1
+    echo \"ok  $open $EDU0 -> $EDU1 edu: the demo migrated a running device\"
+done"
+    );
+    let mut machine = machine(&[&programs.demo, &programs.plugin_edu], &script);
+    machine.vfs = 0;
+    machine.timeout = Duration::from_secs(240);
+    Case {
+        name: "demo",
+        about: "the demo with two real edu devices in one machine, by group and by cdev",
+        machine,
+        pair: false,
+        least_ok: 2,
+    }
+}
+
+fn demo_pair(programs: &Programs) -> Case {
+    let script = format!(
+        "
+if [ $SIDE = B ]; then
+    demo destination {DEMO} --open cdev --device vfio:$EDU0 --listen $OWN:7000 --witness $OWN:7001 --insecure &
+    child=$!
+    meet listening
+    wait $child || exit 1
+    echo \"ok  cdev $EDU0 edu: a guest and its device arrived from the other machine\"
+else
+    meet listening
+    demo source {DEMO} --open group --device vfio:$EDU0 --to $PEER:7000 --witness $PEER:7001 --insecure || exit 1
+    echo \"ok  group $EDU0 edu: a running device left for the other machine\"
+fi
+meet done"
+    );
+    let mut machine = machine(&[&programs.demo, &programs.plugin_edu], &script);
+    machine.vfs = 0;
+    machine.edus = 1;
+    machine.timeout = Duration::from_secs(240);
+    Case {
+        name: "demo-pair",
+        about: "the demo between two machines that are joined by a network",
+        machine,
+        pair: true,
+        least_ok: 2,
+    }
+}
