@@ -24,19 +24,17 @@ impl MediatedDevice {
     /// Resets the function. Open save and load streams end, tracking takes everything as dirty from here on. While an arc
     /// of the state machine is under way the reset is put off until it has ended, and this returns at once.
     pub fn reset(&self) -> Result<()> {
-        drop(self.enter(Class::Control)?);
-        match self.lane.try_enter() {
-            Some(token) => {
-                let done = self.reset_in(&token);
-                drop(token);
-                self.attend();
-                done
-            }
-            None => {
-                let full = |errno| MediationError::refused("one more request", errno);
-                self.shared.queue(Task::Asked(Request::Reset)).map_err(full)
-            }
+        if self.walking.load(Ordering::Acquire) {
+            // Whoever walks attends when he is done.
+            let full = |errno| MediationError::refused("one more request", errno);
+            return self.shared.queue(Task::Asked(Request::Reset)).map_err(full);
         }
+        drop(self.enter(Class::Control)?);
+        let token = self.lane.enter(self.drain_deadline())?;
+        let done = self.reset_in(&token);
+        drop(token);
+        self.attend();
+        done
     }
 
     pub(super) fn reset_in(&self, _token: &lane::Token<'_>) -> Result<()> {

@@ -1,6 +1,6 @@
 //! The mediated device: its parts, and how the gate is gone through.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -88,6 +88,8 @@ pub struct MediatedDevice {
     pub(super) tracking: Mutex<Option<Active>>,
     /// One state, dirty or DMA operation at a time
     pub(super) lane: Lane,
+    /// A walk through the migration states is under way
+    pub(super) walking: AtomicBool,
     /// One event at a time
     pub(super) events: Lane,
 }
@@ -184,6 +186,17 @@ impl MediatedDevice {
         })?;
         let done = work();
         turn.release(lock(&self.condition).standing());
+        done
+    }
+
+    /// One state, dirty or DMA operation at a time; afterwards what hooks asked for meanwhile is done.
+    pub(super) fn in_lane<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let token = self.lane.enter(self.drain_deadline())?;
+        let done = work();
+        drop(token);
+        if self.shared.gate.wants_attention() {
+            self.attend();
+        }
         done
     }
 

@@ -13,25 +13,26 @@ impl MediatedDevice {
     /// Lets the device reach part of the VM's memory. The VM's address space is shared by its devices: the first of them
     /// adds the map, the others find it. EEXIST where it would cover a plug-in's scratch memory or another map.
     pub fn dma_map(&self, map: IovaMapping) -> Result<()> {
-        let _token = self.lane.enter(self.drain_deadline())?;
-        self.with_pass(Class::Control, || {
-            if self.shared.scratch.collides(map.iova, map.length) {
-                let what = format!("mapping {:#x} bytes at {:#x} over the plug-in's memory", map.length, map.iova);
-                return Err(MediationError::refused(what, Errno::EXIST));
-            }
-            let memory = &self.shared.memory;
-            let known = memory.mappings().contains(&map);
-            if known && self.shared.maps().get(&map.iova) == Some(&map) {
-                return Ok(());
-            }
-            if !known {
-                memory.map(map)?;
-            }
-            self.map_device(map).inspect_err(|_| {
-                if !known {
-                    // It was added above and nobody else knows it.
-                    let _removed = memory.unmap(map.iova, map.length);
+        self.in_lane(|| {
+            self.with_pass(Class::Control, || {
+                if self.shared.scratch.collides(map.iova, map.length) {
+                    let what = format!("mapping {:#x} bytes at {:#x} over the plug-in's memory", map.length, map.iova);
+                    return Err(MediationError::refused(what, Errno::EXIST));
                 }
+                let memory = &self.shared.memory;
+                let known = memory.mappings().contains(&map);
+                if known && self.shared.maps().get(&map.iova) == Some(&map) {
+                    return Ok(());
+                }
+                if !known {
+                    memory.map(map)?;
+                }
+                self.map_device(map).inspect_err(|_| {
+                    if !known {
+                        // It was added above and nobody else knows it.
+                        let _removed = memory.unmap(map.iova, map.length);
+                    }
+                })
             })
         })
     }
@@ -52,19 +53,20 @@ impl MediatedDevice {
     /// Takes the maps inside the range away; EINVAL when one is cut. What the device wrote there is in the dirty log when
     /// this returns.
     pub fn dma_unmap(&self, iova: u64, length: u64) -> Result<()> {
-        let _token = self.lane.enter(self.drain_deadline())?;
-        self.with_pass(Class::Control, || {
-            let inside = self.maps_inside(iova, length)?;
-            for map in inside {
-                self.device().dma_unmap(map.iova, map.length)?;
-                // After: nothing more is written. Before the map is forgotten: the report needs it.
-                self.sync_map(&map);
-                self.shared.maps().remove(&map.iova);
-                self.tell(abi::EVENT_DMA_UNMAP, [map.iova, map.length, 0]);
-            }
-            // Another device of the VM may have taken it away already.
-            self.shared.memory.unmap(iova, length)?;
-            Ok(())
+        self.in_lane(|| {
+            self.with_pass(Class::Control, || {
+                let inside = self.maps_inside(iova, length)?;
+                for map in inside {
+                    self.device().dma_unmap(map.iova, map.length)?;
+                    // After: nothing more is written. Before the map is forgotten: the report needs it.
+                    self.sync_map(&map);
+                    self.shared.maps().remove(&map.iova);
+                    self.tell(abi::EVENT_DMA_UNMAP, [map.iova, map.length, 0]);
+                }
+                // Another device of the VM may have taken it away already.
+                self.shared.memory.unmap(iova, length)?;
+                Ok(())
+            })
         })
     }
 

@@ -1,6 +1,6 @@
 //! Opening: everything is asked and checked before anything is published; a failing step undoes the ones before it.
 
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
@@ -59,6 +59,7 @@ impl MediatedDevice {
             streams: Mutex::default(),
             tracking: Mutex::default(),
             lane: Lane::default(),
+            walking: AtomicBool::new(false),
             events: Lane::default(),
         };
         mediated.stand_ins = mediated.ask_stand_ins()?;

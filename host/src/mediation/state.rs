@@ -4,6 +4,7 @@
 //! that migrates *and* a migration of its own goes through both: towards stopping the plug-in first, towards running the
 //! device first.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use rustix::io::Errno;
@@ -100,6 +101,19 @@ impl MediatedDevice {
         };
         let from = self.state();
         let _token = self.lane.enter(deadline).map_err(|error| failed(from, target, error.into()))?;
+        self.walking.store(true, Ordering::Release);
+        let walked = self.walk_in(target, deadline, &failed);
+        self.walking.store(false, Ordering::Release);
+        walked
+    }
+
+    fn walk_in(
+        &self,
+        target: DeviceState,
+        deadline: Instant,
+        failed: &dyn Fn(DeviceState, DeviceState, MediationError) -> StateError,
+    ) -> std::result::Result<(), StateError> {
+        let from = self.state();
         let backing = self.backing().map_err(|error| failed(from, target, error))?;
         loop {
             let from = self.state();
@@ -179,19 +193,20 @@ impl MediatedDevice {
 
     /// Describes this device for the other side: the host's own part and the plug-in's.
     pub fn match_data(&self) -> Result<Vec<u8>> {
-        let _token = self.lane.enter(self.drain_deadline())?;
-        self.with_pass(Class::Control, || {
-            let backing = self.backing()?;
-            let mut data = self.host_match();
-            if let Some(plugin) = backing.plugin {
-                let refused = |errno| MediationError::Plugin { what: "match data", errno };
-                let own = plugin.match_data(self.frame(Origin::Migration)).map_err(refused)?;
-                if own.len() > MATCH_MAX {
-                    return Err(MediationError::PluginFault { what: format!("{} bytes of match data", own.len()) });
+        self.in_lane(|| {
+            self.with_pass(Class::Control, || {
+                let backing = self.backing()?;
+                let mut data = self.host_match();
+                if let Some(plugin) = backing.plugin {
+                    let refused = |errno| MediationError::Plugin { what: "match data", errno };
+                    let own = plugin.match_data(self.frame(Origin::Migration)).map_err(refused)?;
+                    if own.len() > MATCH_MAX {
+                        return Err(MediationError::PluginFault { what: format!("{} bytes of match data", own.len()) });
+                    }
+                    data.extend_from_slice(&own);
                 }
-                data.extend_from_slice(&own);
-            }
-            Ok(data)
+                Ok(data)
+            })
         })
     }
 
@@ -258,17 +273,18 @@ impl MediatedDevice {
         if buffer.len() < BUFFER_MIN {
             return Err(MediationError::refused(format!("saving into {} bytes", buffer.len()), Errno::INVAL));
         }
-        let _token = self.lane.enter(self.drain_deadline())?;
-        self.with_pass(Class::Control, || {
-            let backing = self.backing()?;
-            // Out of the lock while the plug-in is called; the lane keeps others away.
-            let state = self.state();
-            let Some(mut saving) = lock(&self.streams).save.take() else {
-                return Err(MediationError::WrongState { what: "saving", state });
-            };
-            let saved = self.save_in(&backing, &mut saving, state, buffer);
-            lock(&self.streams).save = Some(saving);
-            saved
+        self.in_lane(|| {
+            self.with_pass(Class::Control, || {
+                let backing = self.backing()?;
+                // Out of the lock while the plug-in is called; the lane keeps others away.
+                let state = self.state();
+                let Some(mut saving) = lock(&self.streams).save.take() else {
+                    return Err(MediationError::WrongState { what: "saving", state });
+                };
+                let saved = self.save_in(&backing, &mut saving, state, buffer);
+                lock(&self.streams).save = Some(saving);
+                saved
+            })
         })
     }
 
@@ -338,36 +354,40 @@ impl MediatedDevice {
 
     /// Takes the next bytes of the state, cut anywhere. In RESUMING; leaving it for STOP checks that they were whole.
     pub fn load(&self, data: &[u8]) -> Result<()> {
-        let _token = self.lane.enter(self.drain_deadline())?;
-        self.with_pass(Class::Control, || {
-            let backing = self.backing()?;
-            let state = self.state();
-            let Some(mut loader) = lock(&self.streams).load.take() else {
-                return Err(MediationError::WrongState { what: "loading", state });
-            };
-            let loaded = loader.feed(data, &mut Target { mediated: self, backing: &backing });
-            lock(&self.streams).load = Some(loader);
-            loaded
+        self.in_lane(|| {
+            self.with_pass(Class::Control, || {
+                let backing = self.backing()?;
+                let state = self.state();
+                let Some(mut loader) = lock(&self.streams).load.take() else {
+                    return Err(MediationError::WrongState { what: "loading", state });
+                };
+                let loaded = loader.feed(data, &mut Target { mediated: self, backing: &backing });
+                lock(&self.streams).load = Some(loader);
+                loaded
+            })
         })
     }
 
     /// What is left to send. The framing's own bytes are counted in `stop_copy_bytes`.
     pub fn remaining(&self) -> Result<Remaining> {
-        let _token = self.lane.enter(self.drain_deadline())?;
-        self.with_pass(Class::Control, || {
-            let backing = self.backing()?;
-            let pre_copy = matches!(self.state(), DeviceState::PreCopy | DeviceState::PreCopyP2p);
-            let mut sum = Remaining { initial_bytes: 0, dirty_bytes: 0, stop_copy_bytes: (BUFFER_MIN + HEADER) as u64 };
-            if let Some(plugin) = backing.plugin {
-                let refused = |errno| MediationError::Plugin { what: "what remains", errno };
-                add(&mut sum, plugin.remaining(self.frame(Origin::Migration)).map_err(refused)?);
-            }
-            if let Some(native) = backing.native {
-                let info = if pre_copy { Some(native.precopy_info()?) } else { None };
-                let (initial_bytes, dirty_bytes) = info.map_or((0, 0), |info| (info.initial_bytes, info.dirty_bytes));
-                add(&mut sum, Remaining { initial_bytes, dirty_bytes, stop_copy_bytes: native.stop_copy_bytes()? });
-            }
-            Ok(sum)
+        self.in_lane(|| {
+            self.with_pass(Class::Control, || {
+                let backing = self.backing()?;
+                let pre_copy = matches!(self.state(), DeviceState::PreCopy | DeviceState::PreCopyP2p);
+                let mut sum =
+                    Remaining { initial_bytes: 0, dirty_bytes: 0, stop_copy_bytes: (BUFFER_MIN + HEADER) as u64 };
+                if let Some(plugin) = backing.plugin {
+                    let refused = |errno| MediationError::Plugin { what: "what remains", errno };
+                    add(&mut sum, plugin.remaining(self.frame(Origin::Migration)).map_err(refused)?);
+                }
+                if let Some(native) = backing.native {
+                    let info = if pre_copy { Some(native.precopy_info()?) } else { None };
+                    let (initial_bytes, dirty_bytes) =
+                        info.map_or((0, 0), |info| (info.initial_bytes, info.dirty_bytes));
+                    add(&mut sum, Remaining { initial_bytes, dirty_bytes, stop_copy_bytes: native.stop_copy_bytes()? });
+                }
+                Ok(sum)
+            })
         })
     }
 }

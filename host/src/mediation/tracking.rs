@@ -45,7 +45,10 @@ impl MediatedDevice {
     /// device or the plug-in begins to count: no write falls in between. Starts the log if nobody has. A failure leaves
     /// nothing started. EEXIST when it has begun already.
     pub fn start_tracking(&self) -> Result<Tracking> {
-        let _token = self.lane.enter(self.drain_deadline())?;
+        self.in_lane(|| self.start_in())
+    }
+
+    fn start_in(&self) -> Result<Tracking> {
         if self.is_tracking() {
             return Err(MediationError::refused("tracking twice", Errno::EXIST));
         }
@@ -103,15 +106,16 @@ impl MediatedDevice {
     /// ORs what the device has written since the last call into the VM's log. To be called once more after the device has
     /// stopped. A report that fails makes its whole range dirty.
     pub fn sync_dirty(&self) -> Result<()> {
-        let _token = self.lane.enter(self.drain_deadline())?;
-        if !self.is_tracking() {
-            return Err(MediationError::refused("a dirty report without tracking", Errno::INVAL));
-        }
-        self.with_pass(Class::Control, || {
-            for map in self.shared.mappings() {
-                self.sync_map(&map);
+        self.in_lane(|| {
+            if !self.is_tracking() {
+                return Err(MediationError::refused("a dirty report without tracking", Errno::INVAL));
             }
-            Ok(())
+            self.with_pass(Class::Control, || {
+                for map in self.shared.mappings() {
+                    self.sync_map(&map);
+                }
+                Ok(())
+            })
         })
     }
 
