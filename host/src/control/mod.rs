@@ -4,6 +4,7 @@ pub mod config;
 pub mod exit;
 pub mod host;
 pub mod machine;
+pub mod service;
 pub mod socket;
 pub mod units;
 
