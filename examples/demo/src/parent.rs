@@ -56,8 +56,7 @@ pub fn run(demo: &Demo) -> anyhow::Result<()> {
         }
         HostProcess::start(side, &folder.path().join(format!("{side}.sock")), &words)
     };
-    let mut destination =
-        start("destination", &demo.destination_device, Some((Ipv4Addr::LOCALHOST, 0).into()))?;
+    let mut destination = start("destination", &demo.destination_device, Some((Ipv4Addr::LOCALHOST, 0).into()))?;
     let mut source = start("source", &demo.source_device, None)?;
     let there = introduce(&story, &mut destination)?;
     let here = introduce(&story, &mut source)?;
@@ -119,8 +118,7 @@ pub fn run_destination(args: &DestinationArgs) -> anyhow::Result<()> {
     let plugin = build::plugin(args.load.plugin.as_deref())?;
     let folder = tempfile::tempdir().context("a folder for sockets and journals")?;
     let witness = Witness::listen(args.witness).context("the witness's socket")?;
-    let mut words =
-        host_arguments("destination", &args.device, &args.load, &plugin, folder.path(), witness.address());
+    let mut words = host_arguments("destination", &args.device, &args.load, &plugin, folder.path(), witness.address());
     words.extend(["--listen".to_owned(), args.listen.to_string()]);
     if args.insecure {
         words.push("--insecure".to_owned());
@@ -180,7 +178,8 @@ fn introduce(story: &Story, process: &mut HostProcess) -> anyhow::Result<Introdu
         Some(plugin) => format!("plug-in {} {}", plugin.name, plugin.version),
         None => "no plug-in".to_owned(),
     };
-    story.tell(format!("{}: process {}, device {} ({}), {mediator}", process.side, host.pid, host.device, host.backend));
+    story
+        .tell(format!("{}: process {}, device {} ({}), {mediator}", process.side, host.pid, host.device, host.backend));
     Ok(host)
 }
 

@@ -2,6 +2,9 @@
 pub mod address;
 pub mod config;
 pub mod exit;
+pub mod host;
+pub mod machine;
+pub mod service;
 pub mod socket;
 pub mod units;
 

@@ -44,6 +44,8 @@ struct Served {
     server: Server,
 }
 
+const DONE: &str = "{\"version\":1,\"response\":{\"kind\":\"done\",\"note\":\"yes\"}}\n";
+
 const QUICK: Patience = Patience {
     request: Duration::from_millis(100),
     response: Duration::from_millis(200),
@@ -98,7 +100,7 @@ fn requests_are_answered_in_order_on_one_connection() {
     let served = serve_with(QUICK);
     let line = "{\"version\":1,\"request\":{\"kind\":\"cancel\"}}\n";
     let told = served.told(line.repeat(3).as_bytes());
-    assert_eq!(told, "{\"version\":1,\"response\":{\"kind\":\"done\",\"note\":\"yes\"}}\n".repeat(3));
+    assert_eq!(told, DONE.repeat(3));
 }
 
 /// spec: CONTROL-12
@@ -182,7 +184,7 @@ fn one_client_too_many_is_told_so_and_a_freed_place_is_given_again() {
     // Answered, hence admitted.
     for stream in &mut held {
         stream.write_all(b"{\"version\":1,\"request\":{\"kind\":\"cancel\"}}\n").unwrap();
-        assert_eq!(stream.read(&mut [0; 512]).unwrap(), 55);
+        assert_eq!(stream.read(&mut [0; 512]).unwrap(), DONE.len());
     }
     let mut told = String::new();
     served.raw().read_to_string(&mut told).unwrap();
@@ -284,7 +286,7 @@ fn dropping_the_server_cuts_its_clients() {
     let served = serve_with(Patience { request: Duration::from_secs(60), ..QUICK });
     let mut stream = served.raw();
     stream.write_all(b"{\"version\":1,\"request\":{\"kind\":\"cancel\"}}\n").unwrap();
-    assert_eq!(stream.read(&mut [0; 512]).unwrap(), 55);
+    assert_eq!(stream.read(&mut [0; 512]).unwrap(), DONE.len());
     drop(served.server);
     assert_eq!(stream.read(&mut [0; 512]).unwrap(), 0);
 }
