@@ -73,7 +73,9 @@ mod tests {
 
     #[test]
     fn what_is_no_address_is_named() {
-        for text in ["", ":", "7000", "host", "127.0.0.1", "127.0.0.1:", "127.0.0.1:65536", ":7000", "::1:7000", "a:b:1"] {
+        for text in
+            ["", ":", "7000", "host", "127.0.0.1", "127.0.0.1:", "127.0.0.1:65536", ":7000", "::1:7000", "a:b:1"]
+        {
             assert_eq!(connect(text, true), Err(AddressError::Malformed(text.to_owned())), "{text}");
             assert!(listen(text, true).is_err(), "{text}");
         }

@@ -10,7 +10,9 @@ use std::str::FromStr;
 
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 
-use super::{ConfigError, DeviceConfig, DeviceName, Draft, FILE_MAX, Limits, MS_MAX, MemorySize, OnStall, OpenBy, ROUNDS_MAX};
+use super::{
+    ConfigError, DeviceConfig, DeviceName, Draft, FILE_MAX, Limits, MS_MAX, MemorySize, OnStall, OpenBy, ROUNDS_MAX,
+};
 use crate::control::address;
 use crate::control::units::ByteSize;
 use crate::device::vfio::VfToken;
@@ -191,7 +193,9 @@ fn place(text: &str, at: usize) -> (usize, String) {
     let lines: Vec<&str> = text.lines().take(line).collect();
     let header = |line: &&str| {
         let line = line.trim();
-        line.strip_prefix('[').and_then(|rest| rest.split_once(']')).map(|(name, _)| name.trim_matches('[').trim().to_owned())
+        line.strip_prefix('[')
+            .and_then(|rest| rest.split_once(']'))
+            .map(|(name, _)| name.trim_matches('[').trim().to_owned())
     };
     let table_at = lines.iter().rposition(|line| header(line).is_some_and(|name| is_key(&name)));
     let table = table_at.and_then(|at| header(&lines[at]));

@@ -228,7 +228,8 @@ impl Draft {
         if let Some(twice) = first_duplicate(&self.devices) {
             return Err(whole("devices", format!("{twice} is listed twice")));
         }
-        if let Some(device) = self.devices.iter().find(|d| d.vf_token.is_some() && matches!(d.name, DeviceName::Sim(_))) {
+        if let Some(device) = self.devices.iter().find(|d| d.vf_token.is_some() && matches!(d.name, DeviceName::Sim(_)))
+        {
             return Err(whole("vf_token", format!("{} is simulated and takes no VF token", device.name)));
         }
         let memory = self.memory.ok_or_else(|| {

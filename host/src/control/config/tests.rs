@@ -120,7 +120,8 @@ fn listening_beyond_loopback_is_refused_unless_allowed() {
 
 #[test]
 fn a_real_device_is_listed_once_and_simulated_ones_as_often_as_wanted() {
-    let twice = |name: &str| format!("memory = \"1M\"\n[[devices]]\ndevice = \"{name}\"\n[[devices]]\ndevice = \"{name}\"");
+    let twice =
+        |name: &str| format!("memory = \"1M\"\n[[devices]]\ndevice = \"{name}\"\n[[devices]]\ndevice = \"{name}\"");
     let complaint = complaint(&twice("vfio:0000:00:10.0"));
     assert_eq!(complaint, "/etc/vm.toml:4: devices: vfio:0000:00:10.0 is listed twice");
     assert!(parse(&twice("sim:edu")).unwrap().finish().is_ok());
@@ -128,13 +129,33 @@ fn a_real_device_is_listed_once_and_simulated_ones_as_often_as_wanted() {
 
 #[test]
 fn device_names_are_addresses_uuids_and_models() {
-    for good in ["vfio:0000:00:10.0", "vfio:0000:FF:1f.7", "vfio:10000:00:00.0", "vfio:83d8f4f2-509f-382f-3c1e-e6bfe0fa1001", "sim:edu"] {
+    for good in [
+        "vfio:0000:00:10.0",
+        "vfio:0000:FF:1f.7",
+        "vfio:10000:00:00.0",
+        "vfio:83d8f4f2-509f-382f-3c1e-e6bfe0fa1001",
+        "sim:edu",
+    ] {
         assert!(good.parse::<DeviceName>().is_ok(), "{good}");
     }
     for bad in [
-        "", "vfio:", "sim:", "edu", "0000:00:10.0", "vfio:00:10.0", "vfio:0000:00:20.0", "vfio:0000:00:10.8", "vfio:0000:00:10",
-        "vfio:0000:00:10.0 ", "vfio:../x", "vfio:0000:0:10.0", "vfio:0000:000:10.0", "vfio:000:00:10.0", "sim:a b",
-        "vfio:83d8f4f2-509f-382f-3c1e-e6bfe0fa100", "vfio:83d8f4f2-509f-382f-3c1e-e6bfe0fa10011",
+        "",
+        "vfio:",
+        "sim:",
+        "edu",
+        "0000:00:10.0",
+        "vfio:00:10.0",
+        "vfio:0000:00:20.0",
+        "vfio:0000:00:10.8",
+        "vfio:0000:00:10",
+        "vfio:0000:00:10.0 ",
+        "vfio:../x",
+        "vfio:0000:0:10.0",
+        "vfio:0000:000:10.0",
+        "vfio:000:00:10.0",
+        "sim:a b",
+        "vfio:83d8f4f2-509f-382f-3c1e-e6bfe0fa100",
+        "vfio:83d8f4f2-509f-382f-3c1e-e6bfe0fa10011",
     ] {
         assert!(bad.parse::<DeviceName>().is_err(), "{bad}");
     }

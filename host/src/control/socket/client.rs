@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::line::{LineError, Lines};
-use super::protocol::{Failure, Progress, RESPONSE_MAX, Report, Request, RequestLine, Response, ResponseLine, Run, Status, VERSION};
+use super::protocol::{
+    Failure, Progress, RESPONSE_MAX, Report, Request, RequestLine, Response, ResponseLine, Run, Status, VERSION,
+};
 
 /// A host that is busy answers within moments; one that follows a job gives a sign of life every second.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -33,7 +35,8 @@ pub struct Client {
 
 impl Client {
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
-        let stream = UnixStream::connect(path).map_err(|source| ClientError::NoHost { path: path.to_owned(), source })?;
+        let stream =
+            UnixStream::connect(path).map_err(|source| ClientError::NoHost { path: path.to_owned(), source })?;
         Ok(Self { lines: Lines::new(stream, RESPONSE_MAX), path: path.to_owned() })
     }
 
@@ -46,7 +49,12 @@ impl Client {
     }
 
     /// Migrates the guest to another host. Returns when it runs there, or when the migration has failed.
-    pub fn migrate(&mut self, to: &str, insecure: bool, progress: impl FnMut(&Progress)) -> Result<Report, ClientError> {
+    pub fn migrate(
+        &mut self,
+        to: &str,
+        insecure: bool,
+        progress: impl FnMut(&Progress),
+    ) -> Result<Report, ClientError> {
         self.migrate_with(Request::Migrate { to: to.to_owned(), insecure, verify: false }, progress)
     }
 

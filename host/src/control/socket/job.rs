@@ -25,7 +25,10 @@ struct State {
 /// What a follower sees next.
 #[derive(Debug, Clone, PartialEq)]
 pub enum News {
-    Progress { number: u64, progress: Progress },
+    Progress {
+        number: u64,
+        progress: Progress,
+    },
     End(Response),
     /// Nothing until the deadline
     Silence,

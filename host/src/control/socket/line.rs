@@ -162,7 +162,10 @@ mod tests {
         let (mut ours, mut lines) = pair(1 << 20);
         let (stop, stopped) = std::sync::mpsc::channel::<()>();
         let writer = std::thread::spawn(move || {
-            while stopped.recv_timeout(Duration::from_millis(2)).is_err_and(|e| e == std::sync::mpsc::RecvTimeoutError::Timeout) {
+            while stopped
+                .recv_timeout(Duration::from_millis(2))
+                .is_err_and(|e| e == std::sync::mpsc::RecvTimeoutError::Timeout)
+            {
                 let _ = ours.write_all(b"x");
             }
         });

@@ -76,11 +76,7 @@ pub struct Patience {
 
 impl Default for Patience {
     fn default() -> Self {
-        Self {
-            request: Duration::from_secs(10),
-            response: Duration::from_secs(10),
-            silence: Duration::from_secs(1),
-        }
+        Self { request: Duration::from_secs(10), response: Duration::from_secs(10), silence: Duration::from_secs(1) }
     }
 }
 
@@ -267,7 +263,8 @@ fn admit(shared: &Arc<Shared>, stream: UnixStream, service: &Arc<dyn Service>) {
         return;
     }
     let Some(place) = shared.enter(&stream) else {
-        let failure = Failure::new(FailureCode::TooManyClients, format!("{CLIENTS_MAX} clients are served, try again later"));
+        let failure =
+            Failure::new(FailureCode::TooManyClients, format!("{CLIENTS_MAX} clients are served, try again later"));
         // A fresh connection's buffer takes one line; nobody waits here.
         let _told = respond(&mut Lines::new(stream, REQUEST_MAX), Response::Error(failure), Duration::from_millis(100));
         return;
