@@ -132,7 +132,7 @@ fn an_mmap_hook_gives_a_file_in_place_of_the_claimed_pages() {
         script.stand_in = Box::new(|| {
             let fd = memfd("stand-in", 2 * PAGE, Seal::Size).unwrap();
             rustix::io::pwrite(&fd, b"stand-in", PAGE).unwrap();
-            Some(MmapAnswer { fd, offset: 0 })
+            MmapAnswer::Instead { fd, offset: 0 }
         });
     })
     .unwrap();
@@ -253,7 +253,7 @@ fn a_map_that_fails_at_any_step_leaves_nothing_behind() {
 fn a_guest_map_over_scratch_memory_is_refused() {
     let device = Arc::new(FakeDevice::new());
     let mediated = open_script(&device, |_| {}).unwrap();
-    let scratch = mediated.host_calls().scratch_alloc(2 * PAGE).unwrap();
+    let scratch = mediated.host_calls().scratch_alloc(2 * PAGE, 28).unwrap();
     assert_eq!(mediated.dma_map(map(scratch.iova + PAGE, 1, 0)).unwrap_err().errno(), Errno::EXIST);
     mediated.dma_map(map(scratch.iova - PAGE, 1, 0)).unwrap();
     mediated.host_calls().scratch_free(scratch.iova).unwrap();

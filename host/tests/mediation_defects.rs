@@ -33,7 +33,7 @@ fn rfc_defect_2_every_open_is_closed_once_also_when_a_later_step_fails() {
     for round in 1..=100 {
         let opened = open_script(&device, |script| {
             script.closed = Some(closed.clone());
-            script.calls.scratch_alloc(PAGE).unwrap();
+            script.calls.scratch_alloc(PAGE, 0).unwrap();
             if round % 2 == 0 {
                 // Refused: it lies outside its region.
                 script.claims = vec![claim(0, BAR, 1)];
@@ -102,7 +102,7 @@ fn rfc_defect_6_a_small_object_neither_overflows_nor_leaks() {
     let lengths = Arc::new(Mutex::new(Vec::new()));
     let seen = lengths.clone();
     let mediated = open_script(&device, |script| {
-        script.extra_regions = vec![ExtraRegion { flags: 3, size: 1, type_: 1, subtype: 2 }];
+        script.extra_regions = vec![ExtraRegion { flags: 3, size: 1, type_: 1, subtype: 2, has_mmap: false }];
         script.claims = vec![claim(0, 0, 1)];
         // Says that it did it all, and leaves the bytes alone.
         script.read = Box::new(move |_, _, _, data| {
@@ -177,7 +177,7 @@ fn rfc_defect_8_a_trapped_page_is_mapped_through_no_area() {
 fn rfc_defect_9_every_region_is_reachable_under_its_own_index() {
     let device = Arc::new(FakeDevice::new());
     let mediated = open_script(&device, |script| {
-        let extra = |subtype, size| ExtraRegion { flags: 3, size, type_: 5, subtype };
+        let extra = |subtype, size| ExtraRegion { flags: 3, size, type_: 5, subtype, has_mmap: false };
         script.extra_regions = vec![extra(1, 8), extra(2, 16)];
         script.read = Box::new(|_, claim, _, data| {
             data.fill(claim as u8);

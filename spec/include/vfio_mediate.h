@@ -15,7 +15,7 @@
 #define VFIO_MEDIATE_ENTRY_MAGIC UINT64_C(0x3144454d4f494656)
 
 // A hash over names, sizes and offsets of every structure below: vfio_mediate_entry.fingerprint
-#define VFIO_MEDIATE_ABI_FINGERPRINT UINT64_C(0x6fc49e3b70fc979c)
+#define VFIO_MEDIATE_ABI_FINGERPRINT UINT64_C(0xdad2405eb85ea5b7)
 
 struct vfio_mediate_access;
 struct vfio_mediate_bytes;
@@ -252,7 +252,8 @@ struct vfio_mediate_irq_request {
 // Memory that the device can reach and the guest cannot see.
 struct vfio_mediate_scratch {
     uint32_t struct_size;
-    uint32_t reserved;
+    // In: the device reaches only addresses below 2 to this power; 0 when it reaches all
+    uint32_t address_bits;
     uint64_t iova;
     uint64_t length;
     // The same memory in this process. The device may write it at any time.

@@ -4,6 +4,8 @@ pub mod address;
 pub mod config;
 pub mod doctor;
 pub mod exit;
+pub mod host;
+pub mod machine;
 pub mod socket;
 pub mod units;
 

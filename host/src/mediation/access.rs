@@ -170,7 +170,7 @@ impl MediatedDevice {
     fn read_extra(&self, plugin: &dyn Mediator, index: u32, offset: u64, data: &mut [u8]) -> Result<()> {
         let extra = self.extra_region(plugin, index, offset, data.len(), VFIO_REGION_INFO_FLAG_READ)?;
         data.fill(0);
-        match plugin.extra_read(extra, self.frame(Origin::Client), offset, data) {
+        match plugin.extra_read(extra, index, self.frame(Origin::Client), offset, data) {
             Verdict::Handled => Ok(()),
             Verdict::Forward => Err(forwarded(index)),
             Verdict::Deny(errno) => Err(MediationError::Plugin { what: "a read", errno }),
@@ -179,7 +179,7 @@ impl MediatedDevice {
 
     fn write_extra(&self, plugin: &dyn Mediator, index: u32, offset: u64, data: &[u8]) -> Result<()> {
         let extra = self.extra_region(plugin, index, offset, data.len(), VFIO_REGION_INFO_FLAG_WRITE)?;
-        match plugin.extra_write(extra, self.frame(Origin::Client), offset, &mut data.to_vec()) {
+        match plugin.extra_write(extra, index, self.frame(Origin::Client), offset, &mut data.to_vec()) {
             Verdict::Handled => Ok(()),
             Verdict::Forward => Err(forwarded(index)),
             Verdict::Deny(errno) => Err(MediationError::Plugin { what: "a write", errno }),

@@ -22,6 +22,7 @@ use super::timers::{self, Delivery, Timers};
 use super::{MediatedDevice, lock};
 use crate::device::{CONFIG_REGION, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo};
 use crate::memory::{AddressSpace, IovaMapping};
+use crate::sys::duplicate;
 
 /// Requests that one device's hooks may have waiting.
 const REQUESTS_MAX: usize = 64;
@@ -222,13 +223,27 @@ impl HostCalls for Shared {
     }
 
     fn set_irqs(&self, request: &IrqRequest<'_>) -> Result<(), Errno> {
-        let data = match request.data {
-            IrqRequestData::None => IrqData::None,
-            IrqRequestData::Bool(bools) => IrqData::Bool(bools),
-            IrqRequestData::EventFd(fds) => IrqData::EventFd(fds),
+        let action = match request.action {
+            abi::IRQ_MASK => IrqAction::Mask,
+            abi::IRQ_UNMASK => IrqAction::Unmask,
+            abi::IRQ_TRIGGER => IrqAction::Trigger,
+            _ => return Err(Errno::INVAL),
         };
-        let IrqRequest { index, start, count, action, .. } = *request;
-        self.default_set_irqs(&IrqSet { index, start, count, action, data })
+        let IrqRequest { index, start, count, .. } = *request;
+        let set = |data: IrqData<'_>| self.default_set_irqs(&IrqSet { index, start, count, action, data });
+        match request.data {
+            IrqRequestData::None => set(IrqData::None),
+            IrqRequestData::Bool(bools) => {
+                let bools: Vec<bool> = bools.iter().map(|value| *value != 0).collect();
+                set(IrqData::Bool(&bools))
+            }
+            IrqRequestData::EventFd(raw) => {
+                // Numbers, until they have been duplicated.
+                let own = |fd: &i32| if *fd < 0 { Ok(None) } else { duplicate(*fd).map(|fd| Some(Arc::new(fd))) };
+                let fds: Vec<_> = raw.iter().map(own).collect::<std::io::Result<_>>().map_err(|_| Errno::BADF)?;
+                set(IrqData::EventFd(&borrowed(&fds)))
+            }
+        }
     }
 
     fn guest_read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
@@ -243,16 +258,16 @@ impl HostCalls for Shared {
         self.memory.mark_dirty(iova, length).map_err(|_| Errno::FAULT)
     }
 
-    fn scratch_alloc(&self, length: u64) -> Result<ScratchMemory, Errno> {
+    fn scratch_alloc(&self, length: u64, address_bits: u32) -> Result<ScratchMemory, Errno> {
         let mut maps = self.memory.mappings();
         maps.extend(self.mappings());
-        let (iova, memory) = self.scratch.reserve(length, &self.device.iova_ranges(), &maps)?;
+        let (iova, memory) = self.scratch.reserve(length, address_bits, &self.device.iova_ranges(), &maps)?;
         let map = DmaMap { iova, length, memory: memory.clone(), offset: 0, read: true, write: true };
         if let Err(error) = self.device.dma_map(&map) {
             self.scratch.remove(iova);
             return Err(error.errno);
         }
-        Ok(ScratchMemory { iova, length, memory })
+        Ok(ScratchMemory { iova, length, address: memory.address() })
     }
 
     fn scratch_free(&self, iova: u64) -> Result<(), Errno> {

@@ -34,7 +34,7 @@ pub enum MediationError {
     /// The plug-in broke a rule of the ABI.
     #[error("the plug-in's fault: {what}")]
     PluginFault { what: String },
-    #[error("the plug-in registry refused the device: {message}")]
+    #[error("{message}")]
     Open { message: String, errno: Errno },
     #[error(transparent)]
     Device(#[from] DeviceError),

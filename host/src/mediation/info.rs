@@ -10,9 +10,9 @@ use vfio_mediate_sdk::abi;
 use super::device::MediatedDevice;
 use super::error::{MediationError, Result};
 use super::gate::Class;
-use super::mediator::{HostCalls, IrqRequest, IrqRequestData, Mediator, Origin, Verdict};
+use super::mediator::{HostCalls, Mediator, Origin, Verdict};
 use super::{layout, lock};
-use crate::device::{Area, IrqAction, IrqData, IrqInfo, IrqSet, RegionCapability, RegionInfo};
+use crate::device::{Area, IrqData, IrqInfo, IrqSet, RegionCapability, RegionInfo};
 use crate::sys::Mapping;
 
 impl MediatedDevice {
@@ -138,7 +138,7 @@ impl MediatedDevice {
             }
             let (start, end) = if whole_index { (request.start, request.start) } else { (start, end) };
             let part = part_of(request, start, end);
-            match plugin.set_irqs(position, self.frame(Origin::Client), &as_request(&part)) {
+            match plugin.set_irqs(position, self.frame(Origin::Client), &part) {
                 Verdict::Handled => handled.push((start, end)),
                 Verdict::Forward => {}
                 Verdict::Deny(errno) => return Err(MediationError::Plugin { what: "a change of irqs", errno }),
@@ -259,15 +259,4 @@ fn left_over<'a>(request: &IrqSet<'a>, handled: &[(u32, u32)]) -> Vec<IrqSet<'a>
         from = from.max(stop);
     }
     parts
-}
-
-fn as_request<'a>(part: &IrqSet<'a>) -> IrqRequest<'a> {
-    let data = match part.data {
-        IrqData::None => IrqRequestData::None,
-        IrqData::Bool(bools) => IrqRequestData::Bool(bools),
-        IrqData::EventFd(fds) => IrqRequestData::EventFd(fds),
-    };
-    let IrqSet { index, start, count, action, .. } = *part;
-    let action: IrqAction = action;
-    IrqRequest { index, start, count, action, data }
 }

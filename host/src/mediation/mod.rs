@@ -33,6 +33,7 @@ mod info;
 mod irqs;
 mod lane;
 mod layout;
+mod loaded;
 pub mod mediator;
 mod open;
 mod scratch;

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
+use vfio_mediate_sdk::abi;
 use vfio_mediate_sdk::state::DeviceState;
 
 use super::calls::Shared;
@@ -13,10 +14,11 @@ use super::error::{MediationError, Result};
 use super::gate::{Gate, Reason};
 use super::lane::Lane;
 use super::layout;
-use super::mediator::{Claim, HostCalls, Mediator, Origin, TrapMap};
+use super::mediator::{Claim, HostCalls, Mediator, MmapAnswer, Origin, TrapMap};
 use super::tables::Table;
-use crate::device::{Area, CONFIG_REGION, Device, ErrorKind, RegionInfo};
+use crate::device::{Area, Backend, CONFIG_REGION, Device, ErrorKind, RegionInfo};
 use crate::memory::{AddressSpace, PAGE_SIZE};
+use crate::plugin::{OpenError, ProbeIdentity, Registry};
 
 /// Regions and irq indices of one device, own and added.
 const INDICES_MAX: u32 = 1024;
@@ -24,6 +26,16 @@ const CONFIG_EXTENDED: u64 = 0x100;
 const CONFIG_SIZE: u64 = 0x1000;
 
 impl MediatedDevice {
+    /// Mediates `device` by the first plug-in of the registry that claims it; where none does it passes through plainly.
+    pub fn open(device: Arc<dyn Device>, registry: &Registry, memory: Arc<AddressSpace>) -> Result<Arc<Self>> {
+        let asked = device.clone();
+        Self::with_mediator(device, memory, Limits::default(), |calls| {
+            let opened = registry.open(&probe_identity(&*asked), calls);
+            let refused = |error: OpenError| MediationError::Open { message: error.to_string(), errno: error.errno() };
+            Ok(opened.map_err(refused)?.map(|opened| Box::new(opened) as _))
+        })
+    }
+
     /// Mediates `device` by whatever `claim` opens for it: it is given the host's services and returns the opened device, or
     /// nothing for plain passthrough. On an error nothing of the device is changed, and what was opened is closed.
     pub fn with_mediator(
@@ -106,16 +118,38 @@ impl MediatedDevice {
             if start >= end || shared || !(claim.normal && claim.tracking) {
                 continue;
             }
-            if let Some(answer) = plugin.mmap(position, self.frame(Origin::Host), start, end - start) {
-                if !answer.offset.is_multiple_of(PAGE_SIZE) {
-                    let what = format!("a file offset of {:#x} to map", answer.offset);
+            let answer = plugin.mmap(position, self.frame(Origin::Host), start, end - start);
+            if let MmapAnswer::Instead { fd, offset: fd_offset } = answer {
+                if !fd_offset.is_multiple_of(PAGE_SIZE) {
+                    let what = format!("a file offset of {fd_offset:#x} to map");
                     return Err(MediationError::PluginFault { what });
                 }
                 let area = Area { offset: start, length: end - start };
-                stand_ins.push(StandIn { region: claim.region, area, fd: answer.fd, fd_offset: answer.offset });
+                stand_ins.push(StandIn { region: claim.region, area, fd, fd_offset });
             }
         }
         Ok(stand_ins)
+    }
+}
+
+fn probe_identity(device: &dyn Device) -> ProbeIdentity<'_> {
+    let (identity, info) = (device.identity(), device.info());
+    ProbeIdentity {
+        name: &identity.name,
+        backend: match identity.backend {
+            Backend::VfioGroup => abi::BACKEND_VFIO_GROUP,
+            Backend::VfioCdev => abi::BACKEND_VFIO_CDEV,
+            Backend::Sim => abi::BACKEND_SIM,
+        },
+        vendor_id: identity.vendor_id,
+        device_id: identity.device_id,
+        subsystem_vendor_id: identity.subsystem_vendor_id,
+        subsystem_device_id: identity.subsystem_device_id,
+        class_code: identity.class_code,
+        revision: identity.revision,
+        num_regions: info.num_regions,
+        num_irqs: info.num_irqs,
+        config: &identity.config,
     }
 }
 

@@ -15,19 +15,18 @@ use crate::sys::{Mapping, Seal, memfd};
 /// Per block and per device, in bytes (`HostServices::scratch_alloc`).
 pub const SCRATCH_MAX: u64 = 16 << 20;
 const BLOCKS_MAX: usize = 64;
-/// Devices with short address registers exist, and the ABI has no word for them: as low a window as has room is taken.
-const WINDOWS: [u64; 3] = [(1 << 28) - 1, (1 << 32) - 1, u64::MAX];
-
 #[derive(Debug, Default)]
 pub struct Scratch {
     blocks: Mutex<BTreeMap<u64, Arc<Mapping>>>,
 }
 
 impl Scratch {
-    /// Makes a block and reserves its place; the device does not see it yet.
+    /// Makes a block and reserves its place, the highest free one below 2^`address_bits` (0: 2^64); the device does not
+    /// see it yet.
     pub fn reserve(
         &self,
         length: u64,
+        address_bits: u32,
         ranges: &[IovaRange],
         maps: &[IovaMapping],
     ) -> Result<(u64, Arc<Mapping>), Errno> {
@@ -44,7 +43,8 @@ impl Scratch {
         let mut taken: Vec<(u64, u64)> = maps.iter().map(|map| (map.iova, map.iova + (map.length - 1))).collect();
         taken.extend(blocks.iter().map(|(iova, block)| (*iova, iova + (block.len() - 1))));
         taken.sort_unstable();
-        let iova = WINDOWS.iter().find_map(|limit| highest_free(length, *limit, ranges, &taken)).ok_or(Errno::NOSPC)?;
+        let limit = if (1..64).contains(&address_bits) { (1 << address_bits) - 1 } else { u64::MAX };
+        let iova = highest_free(length, limit, ranges, &taken).ok_or(Errno::NOSPC)?;
         blocks.insert(iova, mapping.clone());
         Ok((iova, mapping))
     }
@@ -106,14 +106,17 @@ mod tests {
 
     /// spec: SCRATCH-1
     #[test]
-    fn a_block_lies_low_and_beside_every_map_and_block() {
+    fn a_block_lies_within_the_devices_reach_and_beside_every_map_and_block() {
         let scratch = Scratch::default();
-        let (first, _) = scratch.reserve(2 * PAGE_SIZE, &ALL, &[]).unwrap();
+        let (first, _) = scratch.reserve(2 * PAGE_SIZE, 28, &ALL, &[]).unwrap();
         assert_eq!(first, (1 << 28) - 2 * PAGE_SIZE);
-        let (second, _) = scratch.reserve(PAGE_SIZE, &ALL, &[map(first - PAGE_SIZE, PAGE_SIZE)]).unwrap();
+        let (second, _) = scratch.reserve(PAGE_SIZE, 28, &ALL, &[map(first - PAGE_SIZE, PAGE_SIZE)]).unwrap();
         assert_eq!(second, first - 2 * PAGE_SIZE);
-        let (third, _) = scratch.reserve(PAGE_SIZE, &ALL, &[map(0, 1 << 28)]).unwrap();
+        assert_eq!(scratch.reserve(PAGE_SIZE, 28, &ALL, &[map(0, 1 << 28)]).unwrap_err(), Errno::NOSPC);
+        let (third, _) = scratch.reserve(PAGE_SIZE, 32, &ALL, &[map(0, 1 << 28)]).unwrap();
         assert_eq!(third, (1 << 32) - PAGE_SIZE);
+        let (high, _) = scratch.reserve(PAGE_SIZE, 0, &ALL, &[]).unwrap();
+        assert_eq!(high, u64::MAX - 2 * PAGE_SIZE + 1);
         assert!(scratch.collides(first + 2 * PAGE_SIZE - 1, 1) && scratch.collides(first - 1, 2));
         assert!(!scratch.collides(first - 1, 1) && !scratch.collides(first + 2 * PAGE_SIZE, 1));
     }
@@ -122,9 +125,9 @@ mod tests {
     fn ranges_are_kept_to_and_a_full_space_is_an_error() {
         let scratch = Scratch::default();
         let ranges = [IovaRange { iova: PAGE_SIZE, last: 3 * PAGE_SIZE - 1 }];
-        assert_eq!(scratch.reserve(3 * PAGE_SIZE, &ranges, &[]).unwrap_err(), Errno::NOSPC);
-        assert_eq!(scratch.reserve(2 * PAGE_SIZE, &ranges, &[]).unwrap().0, PAGE_SIZE);
-        assert_eq!(scratch.reserve(PAGE_SIZE, &ranges, &[]).unwrap_err(), Errno::NOSPC);
+        assert_eq!(scratch.reserve(3 * PAGE_SIZE, 0, &ranges, &[]).unwrap_err(), Errno::NOSPC);
+        assert_eq!(scratch.reserve(2 * PAGE_SIZE, 0, &ranges, &[]).unwrap().0, PAGE_SIZE);
+        assert_eq!(scratch.reserve(PAGE_SIZE, 0, &ranges, &[]).unwrap_err(), Errno::NOSPC);
         assert_eq!(scratch.remove(PAGE_SIZE).unwrap().len(), 2 * PAGE_SIZE);
         assert!(scratch.remove(PAGE_SIZE).is_none());
     }
@@ -133,8 +136,8 @@ mod tests {
     fn lengths_are_whole_pages_up_to_the_limit() {
         let scratch = Scratch::default();
         for length in [0, 1, PAGE_SIZE - 1, PAGE_SIZE + 1, SCRATCH_MAX + PAGE_SIZE, u64::MAX] {
-            assert_eq!(scratch.reserve(length, &ALL, &[]).unwrap_err(), Errno::INVAL, "{length}");
+            assert_eq!(scratch.reserve(length, 0, &ALL, &[]).unwrap_err(), Errno::INVAL, "{length}");
         }
-        scratch.reserve(SCRATCH_MAX, &ALL, &[]).unwrap();
+        scratch.reserve(SCRATCH_MAX, 0, &ALL, &[]).unwrap();
     }
 }

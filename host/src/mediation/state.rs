@@ -53,7 +53,7 @@ struct Saving {
 
 /// Who migrates the device.
 struct Backing<'a> {
-    plugin: Option<&'a dyn MediatorMigration>,
+    plugin: Option<Box<dyn MediatorMigration + 'a>>,
     native: Option<&'a dyn NativeMigration>,
     flags: MigrationFlags,
 }
@@ -67,7 +67,7 @@ impl MediatedDevice {
     fn backing(&self) -> Result<Backing<'_>> {
         let plugin = self.plugin.as_ref().and_then(|plugin| plugin.migration());
         let native = self.device().migration();
-        let flags = match (plugin.map(|plugin| plugin.flags()), native.map(|native| native.flags())) {
+        let flags = match (plugin.as_ref().map(|plugin| plugin.flags()), native.map(|native| native.flags())) {
             (Some(one), Some(other)) => {
                 MigrationFlags { p2p: one.p2p && other.p2p, pre_copy: one.pre_copy && other.pre_copy }
             }
@@ -164,7 +164,7 @@ impl MediatedDevice {
         to: DeviceState,
         deadline: Instant,
     ) -> std::result::Result<(), (DeviceState, MediationError)> {
-        let plugin = || match backing.plugin {
+        let plugin = || match &backing.plugin {
             None => Ok(()),
             Some(plugin) => {
                 let refused = |ArcFailed { errno, actual }| (actual, MediationError::Plugin { what: "an arc", errno });
@@ -197,7 +197,7 @@ impl MediatedDevice {
             self.with_pass(Class::Control, || {
                 let backing = self.backing()?;
                 let mut data = self.host_match();
-                if let Some(plugin) = backing.plugin {
+                if let Some(plugin) = &backing.plugin {
                     let refused = |errno| MediationError::Plugin { what: "match data", errno };
                     let own = plugin.match_data(self.frame(Origin::Migration)).map_err(refused)?;
                     if own.len() > MATCH_MAX {
@@ -247,7 +247,7 @@ impl MediatedDevice {
         if let Some(reason) = differs(&ours, theirs) {
             return refuse(reason, Errno::NODEV);
         }
-        let Some(plugin) = backing.plugin else {
+        let Some(plugin) = &backing.plugin else {
             return match plugins.is_empty() {
                 true => Ok(()),
                 false => refuse("its description has bytes of a plug-in".to_owned(), Errno::BADMSG),
@@ -309,7 +309,7 @@ impl MediatedDevice {
             }
             return Ok(Saved { bytes, end: false });
         }
-        if let Some(plugin) = backing.plugin.filter(|_| !saving.plugin_ended) {
+        if let Some(plugin) = backing.plugin.as_ref().filter(|_| !saving.plugin_ended) {
             let room = saving.saver.opaque(buffer);
             let capacity = room.len();
             let refused = |errno| MediationError::Plugin { what: "saving", errno };
@@ -376,7 +376,7 @@ impl MediatedDevice {
                 let pre_copy = matches!(self.state(), DeviceState::PreCopy | DeviceState::PreCopyP2p);
                 let mut sum =
                     Remaining { initial_bytes: 0, dirty_bytes: 0, stop_copy_bytes: (BUFFER_MIN + HEADER) as u64 };
-                if let Some(plugin) = backing.plugin {
+                if let Some(plugin) = &backing.plugin {
                     let refused = |errno| MediationError::Plugin { what: "what remains", errno };
                     add(&mut sum, plugin.remaining(self.frame(Origin::Migration)).map_err(refused)?);
                 }
@@ -449,7 +449,7 @@ impl Sink for Target<'_> {
     }
 
     fn opaque(&mut self, part: Part, data: &[u8]) -> Result<()> {
-        match (part, self.backing.plugin, self.backing.native) {
+        match (part, &self.backing.plugin, self.backing.native) {
             (Part::Plugin, Some(plugin), _) => {
                 let refused = |errno| MediationError::Plugin { what: "its saved state", errno };
                 plugin.load(self.mediated.frame(Origin::Migration), data).map_err(refused)

@@ -78,7 +78,7 @@ impl MediatedDevice {
             // Nothing is mapped, and what is mapped later is taken as dirty.
             return Ok(active);
         }
-        if let Some(plugin) = plugin {
+        if let Some(plugin) = &plugin {
             let ranges: Vec<abi::IovaRange> = active
                 .ranges
                 .iter()
@@ -93,7 +93,7 @@ impl MediatedDevice {
             match native.start(&active.ranges, PAGE_SIZE) {
                 Ok(page) => (active.native_page, active.source) = (Some(page), Tracking::Native),
                 Err(error) => {
-                    if let Some(plugin) = plugin {
+                    if let Some(plugin) = &plugin {
                         plugin.stop(self.frame(Origin::Migration));
                     }
                     return Err(error.into());

@@ -11,7 +11,7 @@
 //!  Sync -> Estimate --converged--> Pause -> Quiesce -> Stop -> SendStop -> LastSync -> LastDrain -> LastPages
 //!     ^        |again                                                                                  |
 //!     |        v                                                                                       v
-//!     +-- CommitRound <- AwaitAck <- RoundEnd <- RoundState <- RoundPages <- Drain      LastState -> Digest -> AwaitReady
+//!     +-- CommitRound <- AwaitAck <- RoundEnd <- RoundDevices <- RoundPages <- Drain      LastDevices -> Digest -> AwaitReady
 //!                                                                                                           |
 //!   any failure or cancel above ==> Unwind: dirt back, devices run, guest runs, ABORT ==> Kept              v
 //!                                                                                                  CommitLastDrain
@@ -168,7 +168,8 @@ pub enum End {
     InDoubt { cause: Cause },
 }
 
-/// What of this side must be undone.
+/// What of this side must be undone. Set before the action is asked for: an action that fails, or whose answer meets a
+/// cancel, may have been performed.
 #[derive(Debug, Clone, Default)]
 struct Undo {
     drain: bool,
@@ -205,7 +206,7 @@ enum State {
     Estimate,
     Draining,
     RoundPages,
-    RoundState(usize),
+    RoundDevices(usize),
     RoundEnd,
     AwaitAck,
     CommitRound,
@@ -216,7 +217,7 @@ enum State {
     LastSync,
     LastDrain,
     LastPages,
-    LastState(usize),
+    LastDevices(usize),
     Digest,
     AwaitReady,
     CommitLastDrain,
@@ -329,13 +330,13 @@ impl Source {
                 Phase::Negotiating
             }
             State::StartTracking | State::EnterPreCopy(_) | State::Sync | State::Estimate => Phase::PreCopy,
-            State::Draining | State::RoundPages | State::RoundState(_) | State::RoundEnd => Phase::PreCopy,
+            State::Draining | State::RoundPages | State::RoundDevices(_) | State::RoundEnd => Phase::PreCopy,
             State::AwaitAck | State::CommitRound => Phase::PreCopy,
             State::Pause => Phase::Pausing,
             State::Quiesce(_) | State::Stop(_) | State::SendStop => Phase::Stopping,
             State::LastSync | State::LastDrain => Phase::LastDrain,
             State::LastPages => Phase::LastPages,
-            State::LastState(_) => Phase::DeviceState,
+            State::LastDevices(_) => Phase::DeviceState,
             State::Digest | State::AwaitReady | State::CommitLastDrain => Phase::Digest,
             State::JournalCommitting | State::Retract | State::AskAbort | State::AwaitAborted => Phase::Committing,
             State::SendCommit => Phase::Committing,
@@ -376,10 +377,10 @@ impl Source {
             State::Query | State::AwaitOutcome => self.claim == SourceClaim::Committing,
             State::New | State::Describing | State::JournalBegan | State::Greeting | State::AwaitAccept => false,
             State::StartTracking | State::EnterPreCopy(_) | State::Sync | State::Estimate => false,
-            State::Draining | State::RoundPages | State::RoundState(_) | State::RoundEnd => false,
+            State::Draining | State::RoundPages | State::RoundDevices(_) | State::RoundEnd => false,
             State::AwaitAck | State::CommitRound | State::Pause | State::Quiesce(_) | State::Stop(_) => false,
             State::SendStop | State::LastSync | State::LastDrain | State::LastPages => false,
-            State::LastState(_) | State::Digest | State::AwaitReady | State::CommitLastDrain => false,
+            State::LastDevices(_) | State::Digest | State::AwaitReady | State::CommitLastDrain => false,
             State::JournalKept | State::Unwind(_) | State::Resolved { .. } | State::Ended => false,
         }
     }
@@ -457,7 +458,6 @@ impl Source {
             (State::Sync, Event::Done) => self.enter(State::Estimate, Action::Estimate),
             (State::Estimate, Event::Estimated(left)) => self.decide(left, now),
             (State::Draining, Event::Drained { pages }) => {
-                self.undo.drain = true;
                 self.round.drained_pages = pages;
                 self.enter(State::RoundPages, Action::SendPages)
             }
@@ -465,7 +465,7 @@ impl Source {
                 self.round.count(pages, zero_pages, bytes);
                 if more { self.enter(State::RoundPages, Action::SendPages) } else { self.round_state(0, now) }
             }
-            (State::RoundState(device), Event::StateSent { bytes, more }) => {
+            (State::RoundDevices(device), Event::StateSent { bytes, more }) => {
                 self.count_state(device, bytes);
                 self.round_state(if more { device } else { device + 1 }, now)
             }
@@ -484,9 +484,11 @@ impl Source {
             (State::Quiesce(device), Event::Done) => self.quiesce(device + 1, now),
             (State::Stop(device), Event::Done) => self.stop(device + 1, now),
             (State::SendStop, Event::Done) => self.enter(State::LastSync, Action::SyncDirty),
-            (State::LastSync, Event::Done) => self.enter(State::LastDrain, Action::Drain),
-            (State::LastDrain, Event::Drained { pages }) => {
+            (State::LastSync, Event::Done) => {
                 self.undo.drain = true;
+                self.enter(State::LastDrain, Action::Drain)
+            }
+            (State::LastDrain, Event::Drained { pages }) => {
                 self.round.drained_pages = pages;
                 self.enter(State::LastPages, Action::SendPages)
             }
@@ -494,7 +496,7 @@ impl Source {
                 self.round.count(pages, zero_pages, bytes);
                 if more { self.enter(State::LastPages, Action::SendPages) } else { self.last_state(0) }
             }
-            (State::LastState(device), Event::StateSent { bytes, more }) => {
+            (State::LastDevices(device), Event::StateSent { bytes, more }) => {
                 self.count_state(device, bytes);
                 self.last_state(if more { device } else { device + 1 })
             }
@@ -564,15 +566,16 @@ impl Source {
                 event,
             ) => self.unexpected(&event, now),
             (
-                State::RoundPages | State::RoundState(_) | State::RoundEnd | State::AwaitAck | State::CommitRound,
+                State::RoundPages | State::RoundDevices(_) | State::RoundEnd | State::AwaitAck | State::CommitRound,
                 event,
             ) => self.unexpected(&event, now),
             (State::Pause | State::Quiesce(_) | State::Stop(_) | State::SendStop | State::LastSync, event) => {
                 self.unexpected(&event, now)
             }
-            (State::LastDrain | State::LastPages | State::LastState(_) | State::Digest | State::AwaitReady, event) => {
-                self.unexpected(&event, now)
-            }
+            (
+                State::LastDrain | State::LastPages | State::LastDevices(_) | State::Digest | State::AwaitReady,
+                event,
+            ) => self.unexpected(&event, now),
             (
                 State::CommitLastDrain
                 | State::JournalCommitting
@@ -633,7 +636,10 @@ impl Source {
         self.round = RoundReport { round: done + 1, ..RoundReport::default() };
         self.round_began_us = now;
         match verdict {
-            Verdict::Again => self.enter(State::Draining, Action::Drain),
+            Verdict::Again => {
+                self.undo.drain = true;
+                self.enter(State::Draining, Action::Drain)
+            }
             Verdict::SwitchOver => {
                 self.undo.paused = true;
                 let until_us = now.saturating_add(self.policy.pause_ms_max.saturating_mul(1000));
@@ -655,7 +661,7 @@ impl Source {
         match (from..self.facts.devices.len()).find(|device| self.facts.devices[*device].pre_copy) {
             Some(device) => {
                 let sequence = self.sequences[device];
-                self.enter(State::RoundState(device), Action::SendState { device, sequence })
+                self.enter(State::RoundDevices(device), Action::SendState { device, sequence })
             }
             None => {
                 let record = Record::RoundEnd { round: self.round.round, pages: self.round.pages };
@@ -704,7 +710,7 @@ impl Source {
 
     fn last_state(&mut self, device: usize) -> Action {
         match self.sequences.get(device).copied() {
-            Some(sequence) => self.enter(State::LastState(device), Action::SendState { device, sequence }),
+            Some(sequence) => self.enter(State::LastDevices(device), Action::SendState { device, sequence }),
             None => self.enter(State::Digest, Action::SendDigest),
         }
     }
@@ -792,13 +798,13 @@ impl Source {
             State::StartTracking | State::EnterPreCopy(_) | State::Sync | State::Estimate | State::Draining => {
                 self.begin_unwind(cause, now)
             }
-            State::RoundPages | State::RoundState(_) | State::RoundEnd | State::AwaitAck | State::CommitRound => {
+            State::RoundPages | State::RoundDevices(_) | State::RoundEnd | State::AwaitAck | State::CommitRound => {
                 self.begin_unwind(cause, now)
             }
             State::Pause | State::Quiesce(_) | State::Stop(_) | State::SendStop | State::LastSync => {
                 self.begin_unwind(cause, now)
             }
-            State::LastDrain | State::LastPages | State::LastState(_) | State::Digest | State::AwaitReady => {
+            State::LastDrain | State::LastPages | State::LastDevices(_) | State::Digest | State::AwaitReady => {
                 self.begin_unwind(cause, now)
             }
             State::CommitLastDrain => self.begin_unwind(cause, now),

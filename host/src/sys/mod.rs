@@ -12,6 +12,7 @@ mod mapping;
 mod membarrier;
 mod memfd;
 mod pagemap;
+mod raw_fd;
 mod uffd;
 pub mod vfio;
 
@@ -23,4 +24,5 @@ pub use memfd::{Seal, memfd, seal};
 pub use pagemap::Pagemap;
 #[cfg(all(test, not(loom)))]
 pub(crate) use pagemap::read_into;
+pub use raw_fd::duplicate;
 pub use uffd::AsyncWriteProtect;

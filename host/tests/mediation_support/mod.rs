@@ -14,8 +14,8 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_mediate::device::*;
 use vfio_mediate::mediation::mediator::{
-    ArcFailed, CallFrame, Claim, Event, ExtraIrq, ExtraRegion, HostCalls, IrqClaim, IrqRequest, Mediator,
-    MediatorDirty, MediatorMigration, MmapAnswer, PluginSummary, Verdict,
+    ArcFailed, CallFrame, Claim, Event, ExtraIrq, ExtraRegion, HostCalls, IrqClaim, Mediator, MediatorDirty,
+    MediatorMigration, MmapAnswer, PluginSummary, Verdict,
 };
 use vfio_mediate::mediation::{Exactness, MediatedDevice, Refusal, Remaining, Result as MediationResult, Saved};
 use vfio_mediate::memory::{AddressSpace, GuestRam, IovaMapping};
@@ -392,7 +392,7 @@ pub struct Script {
     pub read: Box<Access>,
     pub write: Box<Access>,
     pub info: Box<dyn Fn(&mut abi::RegionInfo) -> Verdict + Send + Sync>,
-    pub stand_in: Box<dyn Fn() -> Option<MmapAnswer> + Send + Sync>,
+    pub stand_in: Box<dyn Fn() -> MmapAnswer + Send + Sync>,
     pub fired: Box<dyn Fn(u32) -> Verdict + Send + Sync>,
     pub set_irqs: Box<dyn Fn(u32, u32) -> Verdict + Send + Sync>,
     pub event: Box<dyn Fn(&dyn HostCalls, Event) -> std::result::Result<(), Errno> + Send + Sync>,
@@ -412,7 +412,7 @@ impl Script {
             read: Box::new(|_, _, _, _| Verdict::Forward),
             write: Box::new(|_, _, _, _| Verdict::Forward),
             info: Box::new(|_| Verdict::Forward),
-            stand_in: Box::new(|| None),
+            stand_in: Box::new(|| MmapAnswer::NotMapped),
             fired: Box::new(|_| Verdict::Forward),
             set_irqs: Box::new(|_, _| Verdict::Forward),
             event: Box::new(|_, _| Ok(())),
@@ -479,11 +479,11 @@ impl Mediator for Script {
         (self.write)(&*self.calls, claim, offset, data)
     }
 
-    fn extra_read(&self, index: usize, _frame: CallFrame<'_>, offset: u64, data: &mut [u8]) -> Verdict {
+    fn extra_read(&self, index: usize, _region: u32, _frame: CallFrame<'_>, offset: u64, data: &mut [u8]) -> Verdict {
         (self.read)(&*self.calls, 1000 + index, offset, data)
     }
 
-    fn extra_write(&self, index: usize, _frame: CallFrame<'_>, offset: u64, data: &mut [u8]) -> Verdict {
+    fn extra_write(&self, index: usize, _region: u32, _frame: CallFrame<'_>, offset: u64, data: &mut [u8]) -> Verdict {
         (self.write)(&*self.calls, 1000 + index, offset, data)
     }
 
@@ -491,7 +491,7 @@ impl Mediator for Script {
         (self.info)(info)
     }
 
-    fn mmap(&self, _claim: usize, _frame: CallFrame<'_>, _offset: u64, _length: u64) -> Option<MmapAnswer> {
+    fn mmap(&self, _claim: usize, _frame: CallFrame<'_>, _offset: u64, _length: u64) -> MmapAnswer {
         (self.stand_in)()
     }
 
@@ -500,7 +500,7 @@ impl Mediator for Script {
         Verdict::Handled
     }
 
-    fn set_irqs(&self, _claim: usize, _frame: CallFrame<'_>, request: &IrqRequest<'_>) -> Verdict {
+    fn set_irqs(&self, _claim: usize, _frame: CallFrame<'_>, request: &IrqSet<'_>) -> Verdict {
         (self.set_irqs)(request.start, request.count)
     }
 
@@ -512,12 +512,12 @@ impl Mediator for Script {
         (self.event)(&*self.calls, event)
     }
 
-    fn migration(&self) -> Option<&dyn MediatorMigration> {
-        self.migration.as_ref().map(|migration| migration as _)
+    fn migration(&self) -> Option<Box<dyn MediatorMigration + '_>> {
+        self.migration.as_ref().map(|migration| Box::new(migration) as _)
     }
 
-    fn dirty(&self) -> Option<&dyn MediatorDirty> {
-        self.dirty.as_ref().map(|dirty| dirty as _)
+    fn dirty(&self) -> Option<Box<dyn MediatorDirty + '_>> {
+        self.dirty.as_ref().map(|dirty| Box::new(dirty) as _)
     }
 }
 
@@ -532,7 +532,7 @@ pub struct ScriptMigration {
     pub refuse: Option<String>,
 }
 
-impl MediatorMigration for ScriptMigration {
+impl MediatorMigration for &ScriptMigration {
     fn flags(&self) -> MigrationFlags {
         MigrationFlags { p2p: true, pre_copy: true }
     }
@@ -599,7 +599,7 @@ impl Default for ScriptDirty {
     }
 }
 
-impl MediatorDirty for ScriptDirty {
+impl MediatorDirty for &ScriptDirty {
     fn exactness(&self) -> Exactness {
         Exactness::Superset
     }

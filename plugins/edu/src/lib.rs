@@ -9,7 +9,8 @@
 //!
 //! Locks: `dma`, then none; `stream`, then `dma`. Neither is held while this waits for the device.
 //!
-//! The device must be started with `dma_mask=0xffffffffffffffff`: the default of 28 bits cuts addresses off in silence.
+//! Start the device with `dma_mask=0xffffffffffffffff` where guest memory fills the first 256 MiB: the default of 28 bits cuts
+//! addresses off in silence, the guest's as ours.
 
 mod dma;
 mod migration;

@@ -15,7 +15,7 @@
 
 use vfio_mediate_sdk::record::{Next, Record, StreamReader, StreamWriter, Taken};
 use vfio_mediate_sdk::state::DeviceState::{self, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
-use vfio_mediate_sdk::{ArcFailed, Context, Errno, Migration, Refusal, Remaining, Result, Saved};
+use vfio_mediate_sdk::{ArcFailed, Context, Errno, Migration, Refusal, Remaining, Result, Saved, ScratchGuard};
 
 use crate::registers::{
     self, BAR, BUFFER, BUFFER_SIZE, DmaRegisters, FACTORIAL, IRQ_ACK, IRQ_RAISE, IRQ_STATUS, LIVENESS, RUN, STATUS,
@@ -143,10 +143,19 @@ fn sentinel(seed: u64) -> Vec<u8> {
     std::iter::repeat_with(next).take(BUFFER_SIZE / 8).flatten().collect()
 }
 
+/// A page that the device reaches. An edu started with the default `dma_mask` cuts addresses to 28 bits and nothing says so;
+/// where guest memory leaves no room below, the device must have been started with a wider one.
+fn scratch<'a>(cx: &Context<'a>) -> Result<ScratchGuard<'a>> {
+    match cx.scratch_below(BUFFER_SIZE as u64, 28) {
+        Err(Errno::ENOSPC) => cx.scratch(BUFFER_SIZE as u64),
+        scratch => scratch,
+    }
+}
+
 /// Moves the hidden buffer out to `content`, or in from it, through scratch memory. What `content` holds on the way out is
 /// what the scratch memory is filled with.
 fn move_buffer(cx: &Context<'_>, content: &mut [u8], command: u64) -> Result<()> {
-    let mut scratch = cx.scratch(BUFFER_SIZE as u64)?;
+    let mut scratch = scratch(cx)?;
     scratch.write(cx, 0, content)?;
     let (src, dst) = if command & TO_RAM != 0 { (BUFFER, scratch.iova()) } else { (scratch.iova(), BUFFER) };
     if let Err(errno) = registers::run(cx, &DmaRegisters { src, dst, count: BUFFER_SIZE as u64, command }) {
@@ -163,9 +172,7 @@ fn read_buffer(cx: &Context<'_>) -> Result<Vec<u8>> {
     let mut content = sentinel.clone();
     move_buffer(cx, &mut content, RUN | TO_RAM)?;
     if content == sentinel {
-        tracing::error!(
-            "the device's DMA does not reach scratch memory; was it started with dma_mask=0xffffffffffffffff?"
-        );
+        tracing::error!("the device's DMA does not reach scratch memory; was it started with a dma_mask wide enough?");
         return Err(Errno::EIO);
     }
     Ok(content)
@@ -177,7 +184,7 @@ fn check_reach(cx: &Context<'_>) -> Result<()> {
     registers::wait_for_dma(cx)?;
     let mut probe = sentinel(cx.now().as_nanos() as u64 ^ u64::MAX);
     let sent = probe.clone();
-    let mut scratch = cx.scratch(BUFFER_SIZE as u64)?;
+    let mut scratch = scratch(cx)?;
     let iova = scratch.iova();
     let run = |src, dst, command| registers::run(cx, &DmaRegisters { src, dst, count: BUFFER_SIZE as u64, command });
     let moved = scratch
@@ -191,9 +198,7 @@ fn check_reach(cx: &Context<'_>) -> Result<()> {
     }
     scratch.read(cx, 0, &mut probe)?;
     if probe != sent {
-        tracing::error!(
-            "the device's DMA does not reach scratch memory; was it started with dma_mask=0xffffffffffffffff?"
-        );
+        tracing::error!("the device's DMA does not reach scratch memory; was it started with a dma_mask wide enough?");
         return Err(Errno::EIO);
     }
     Ok(())

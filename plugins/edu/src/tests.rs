@@ -89,6 +89,7 @@ fn only_the_dma_registers_are_claimed() {
     assert_eq!(claims, [(BAR, 0x80, 0x20, abi::MAP_NORMAL | abi::MAP_TRACKING)]);
 }
 
+/// spec: EDU-STATE
 #[test]
 fn everything_visible_arrives_whatever_the_cuts() {
     for (save, load) in [(1, 4096), (4096, 1), (7, 13), (1 << 20, 1 << 20)] {
@@ -153,7 +154,7 @@ fn a_dma_that_goes_elsewhere_fails_the_arc_and_loses_nothing() {
     let a = host();
     let mut source = busy(&a);
     let before = visible(&a, &source);
-    a.with(|edu, _| edu.dma_mask = (1 << 28) - 1);
+    a.with(|edu, _| edu.dma_mask = RAM as u64 - 1);
     source.walk(Running, Stop).unwrap();
     let failed = source.set_state(Stop, StopCopy).unwrap_err();
     assert_eq!(failed, ArcFailed { errno: Errno::EIO, actual: Stop });
@@ -162,10 +163,24 @@ fn a_dma_that_goes_elsewhere_fails_the_arc_and_loses_nothing() {
 
     let b = host();
     let mut destination = open(&b);
-    b.with(|edu, _| edu.dma_mask = (1 << 28) - 1);
+    b.with(|edu, _| edu.dma_mask = RAM as u64 - 1);
     destination.walk(Running, Stop).unwrap();
     let failed = destination.set_state(Stop, Resuming).unwrap_err();
     assert_eq!(failed, ArcFailed { errno: Errno::EIO, actual: Stop });
+}
+
+#[test]
+fn the_default_mask_of_28_bits_is_enough_where_there_is_room() {
+    let (a, b) = (host(), host());
+    let mut source = busy(&a);
+    let before = visible(&a, &source);
+    let mut destination = open(&b);
+    for host in [&a, &b] {
+        host.with(|edu, _| edu.dma_mask = (1 << 28) - 1);
+    }
+    migrate(&mut source, &mut destination, 4096, 4096);
+    assert_eq!(visible(&b, &destination), before);
+    assert_eq!(b.device_writes(), []);
 }
 
 #[test]
@@ -202,6 +217,7 @@ fn identity_goes_out_in_pre_copy_and_is_refused_there() {
     assert!(refusal.reason.contains("0x010000ed") && refusal.reason.contains("0x010100ed"), "{}", refusal.reason);
 }
 
+/// spec: EDU-REFUSE
 #[test]
 fn a_short_a_foreign_and_a_reordered_state_are_refused_before_the_device_is_touched() {
     let (a, b) = (host(), host());

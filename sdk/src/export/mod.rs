@@ -4,7 +4,7 @@
 //! what came, call the trait inside `catch_unwind`, and give the answer its number. **Must never** let a panic, a Rust type or
 //! an unparsed number cross.
 //!
-//! Lifetime: `init` boxes the plug-in, `retire` frees it; `open` boxes an [`Instance`], `close` frees it. Tables and hooks
+//! Lifetime: `init` boxes the plug-in, `retire` frees it; `open` boxes an `Instance`, `close` frees it. Tables and hooks
 //! live in the instance, so all that the host was given lives until `close` returns, as the ABI asks.
 #![allow(unsafe_code)]
 

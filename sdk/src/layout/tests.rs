@@ -59,6 +59,7 @@ fn the_same_abi_is_compatible_with_itself() {
     check(root_layout(), root_layout()).unwrap();
 }
 
+/// spec: ABI-LAYOUT
 #[test]
 fn a_parameter_behind_pointers_of_hooks_is_compared() {
     let root = <changed::deep::Root as StableAbi>::LAYOUT;
@@ -70,6 +71,7 @@ fn a_parameter_behind_pointers_of_hooks_is_compared() {
 }
 
 /// Every structure of the list is reachable from the root, so none escapes the comparison.
+/// spec: ABI-LAYOUT
 #[test]
 fn the_root_reaches_every_structure() {
     let mut seen = BTreeSet::new();
@@ -91,6 +93,7 @@ fn the_header_reads_back_as_this_layout() {
     check(root_layout(), layout).unwrap();
 }
 
+/// spec: ABI-LAYOUT-FOREIGN
 #[test]
 fn a_foreign_header_is_refused_before_its_layout_is_read() {
     // SAFETY: null.
@@ -105,6 +108,7 @@ fn a_foreign_header_is_refused_before_its_layout_is_read() {
 }
 
 /// The oracle: the same hash, written down once more over a byte string.
+/// spec: ABI-FINGERPRINT
 #[test]
 fn the_fingerprint_is_the_hash_that_its_text_says() {
     let mut bytes = Vec::new();

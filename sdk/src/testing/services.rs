@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::{Machine, Shared, lock};
+use super::{Bus, Machine, Shared, lock};
 use crate::abi::{self, Bytes, CallContext};
 use crate::context::size32;
 use crate::{Errno, Result};
@@ -157,8 +157,18 @@ unsafe extern "C" fn scratch_alloc(ctx: *const CallContext, scratch: *mut abi::S
     if scratch.length == 0 || !scratch.length.is_multiple_of(4096) || scratch.length > SCRATCH_MAX {
         return Errno::EINVAL.status();
     }
-    let held = &mut shared.machine().bus.scratch;
-    scratch.iova = held.last_key_value().map_or(SCRATCH_BASE, |(iova, memory)| iova + memory.len() as u64);
+    let Bus { scratch: held, memory, .. } = &mut shared.machine().bus;
+    let base = match scratch.address_bits {
+        1..48 => (memory.len() as u64).next_multiple_of(4096),
+        _ => SCRATCH_BASE,
+    };
+    let ends = held.iter().map(|(iova, memory)| iova + memory.len() as u64);
+    // Low scratch memory grows up from the guest's, the other from its own base.
+    let last = ends.filter(|end| (*end > SCRATCH_BASE) == (base == SCRATCH_BASE)).max();
+    scratch.iova = last.unwrap_or(base).max(base);
+    if (1..64).contains(&scratch.address_bits) && scratch.iova + scratch.length > 1 << scratch.address_bits {
+        return Errno::ENOSPC.status();
+    }
     // Old bytes must not look like new ones.
     let memory = held.entry(scratch.iova).or_insert(vec![0xa5; scratch.length as usize].into());
     scratch.ptr = memory.as_mut_ptr();

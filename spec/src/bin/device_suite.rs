@@ -85,12 +85,24 @@ fn run(arguments: &Arguments) -> Result<usize> {
     }
     let print = |line: &Line<'_>| println!("{line}");
     let mut failures = device_suite::run(&device, &arguments.case, print)?;
+    failures += usize::from(!asks_iommu(&device));
     if let Some(second) = &arguments.second {
         let options = Options { iommu: Some(device.iommu().clone()), ..Default::default() };
         let second = open(second, arguments.how, &options)?;
         failures += device_suite::run_pair(&device, &second, &arguments.case, print)?;
     }
     Ok(failures)
+}
+
+/// Not of every device, hence not in the suite: an IOMMU that tracks dirty pages, or says that it does not.
+fn asks_iommu(device: &VfioDevice) -> bool {
+    let (case, verdict) = match device.iommu_tracks_dirt() {
+        Ok(true) => ("the IOMMU tracks dirty pages", Verdict::Passed),
+        Ok(false) => ("the IOMMU says that it tracks no dirty pages", Verdict::Passed),
+        Err(error) => ("the IOMMU says whether it tracks dirty pages", Verdict::Failed(error.into())),
+    };
+    println!("{}", Line { identity: device.identity(), case, verdict: &verdict });
+    !verdict.is_failure()
 }
 
 fn open(name: &str, how: How, options: &Options) -> Result<VfioDevice> {

@@ -16,9 +16,9 @@ pub const PAGES: u64 = 16;
 /// How long a device may take for anything, on its own clock. An emulated one on a busy machine is slow.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// PCI configuration space: the command register, and its bus master and INTx disable bits.
+/// PCI configuration space: the command register, and its bus master bit.
 const COMMAND: u64 = 4;
-const BUS_MASTER: u16 = 1 << 2;
+pub const BUS_MASTER: u16 = 1 << 2;
 
 /// INTx, MSI and MSI-X, as `VFIO_PCI_*_IRQ_INDEX`.
 pub const INTX: u32 = 0;
@@ -68,9 +68,13 @@ impl<'a> Bench<'a> {
         Ok(u16::from_le_bytes(data))
     }
 
+    pub fn write_command(&self, command: u16) -> Result<()> {
+        Ok(self.device.region_write(CONFIG_REGION, COMMAND, &command.to_le_bytes())?)
+    }
+
     pub fn set_bus_master(&self, on: bool) -> Result<()> {
         let command = if on { self.command()? | BUS_MASTER } else { self.command()? & !BUS_MASTER };
-        self.device.region_write(CONFIG_REGION, COMMAND, &command.to_le_bytes())?;
+        self.write_command(command)?;
         ensure!(self.is_bus_master()? == on, "COMMAND does not keep its bus master bit");
         Ok(())
     }

@@ -32,7 +32,7 @@ pub struct Case {
 const DEMO: &str = "--plugin /case/libvfio_mediate_plugin_edu.so --memory 32M --dirty-rate 200 --rounds 2";
 
 pub fn all(programs: &Programs) -> Vec<Case> {
-    vec![devices(programs), mtty(programs), demo(programs), demo_pair(programs)]
+    vec![devices(programs), mtty(programs), vf_token(programs), demo(programs), demo_pair(programs)]
 }
 
 fn machine(programs: &[&PathBuf], script: &str) -> Machine {
@@ -45,7 +45,7 @@ fn devices(programs: &Programs) -> Case {
     let script = "
 code=0
 for open in group cdev; do
-    device-suite edu $open $EDU0 || code=1
+    device-suite edu $open $EDU0 $EDU1 || code=1
     device-suite igbvf $open $VF0 || code=1
 done
 exit $code";
@@ -54,7 +54,7 @@ exit $code";
         about: "the device suite on edu and on an igb VF, by group and by cdev",
         machine: machine(&[&programs.device_suite], script),
         pair: false,
-        least_ok: 20,
+        least_ok: 80,
     }
 }
 
@@ -78,7 +78,27 @@ exit $code";
         about: "the kernel's own migration v2: the mtty sample device saves, loads, logs",
         machine,
         pair: false,
-        least_ok: 4,
+        least_ok: 30,
+    }
+}
+
+fn vf_token(programs: &Programs) -> Case {
+    let script = "
+. /lab/functions
+echo 1 >/sys/module/vfio_pci/parameters/enable_sriov
+give $PF vfio-pci || { echo \"FAIL $PF: it does not bind to vfio-pci\"; exit 1; }
+code=0
+for open in group cdev; do device-suite pf $open $PF || code=1; done
+exit $code";
+    let mut machine = machine(&[&programs.device_suite], script);
+    machine.vfs = 0;
+    machine.edus = 0;
+    Case {
+        name: "vf-token",
+        about: "a VF of a PF on vfio-pci opens with the PF's token only, by group and by cdev",
+        machine,
+        pair: false,
+        least_ok: 2,
     }
 }
 

@@ -277,6 +277,8 @@ impl Device for VfioDevice {
         Ok(())
     }
 
+    /// A mapping keeps the device open in the kernel after this object is gone: drop it first, or the device and its group
+    /// stay busy.
     fn region_map(&self, index: u32, offset: u64, length: u64) -> Result<Arc<Mapping>> {
         let region = self.region(index)?;
         let what = || format!("mapping {length:#x} bytes at {offset:#x} of region {index}");

@@ -16,6 +16,7 @@ fn report(device: &TestDevice<'_>) -> BTreeSet<u64> {
 }
 
 /// The mutant "marked only at the doorbell" dies here: the page is reported at every sync, and once after the last byte.
+/// spec: EDU-DIRT
 #[test]
 fn a_running_dma_is_reported_at_every_sync_and_once_after() {
     let host = host();
@@ -174,6 +175,7 @@ fn a_doorbell_in_p2p_is_deferred_and_rings_later() {
     assert_eq!(pages(&host.device_writes()), BTreeSet::from([7, 8, 9]));
 }
 
+/// spec: EDU-QUIET
 #[test]
 fn a_deferred_doorbell_travels_and_rings_at_the_destination() {
     let (a, b) = (host(), host());
@@ -196,6 +198,7 @@ fn a_deferred_doorbell_travels_and_rings_at_the_destination() {
 }
 
 /// Every state that does not run, by every path: nothing of the client's moves there.
+/// spec: EDU-QUIET
 #[test]
 fn no_dma_of_the_client_runs_while_stopped() {
     for path in [vec![RunningP2p, Stop], vec![PreCopy, PreCopyP2p, StopCopy], vec![RunningP2p, PreCopyP2p, StopCopy]] {

@@ -1,0 +1,165 @@
+//! The machine that a host runs: devices, memory and plug-ins, put together from a configuration.
+//!
+//! **Owns** the order in which things are opened, and that everything opened is closed when a later step fails. **Must
+//! never** leave a device half open: what this returns is whole.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::control::config::{Config, DeviceConfig, DeviceName, OpenBy};
+use crate::device::vfio::sysfs::Sysfs;
+use crate::device::vfio::{Iommu, Options, VfioDevice};
+use crate::device::{Backend, Device, DeviceError, IovaRange, sim};
+use crate::mediation::{MediatedDevice, MediationError};
+use crate::memory::{AddressSpace, GuestRam, IovaMapping, MemoryError, PAGE_SIZE};
+use crate::plugin::{Library, Limits, LoadError, RegisterError, Registry, UnregisterError};
+
+/// Devices that one plug-in may have open in one host.
+const DEVICES_OF_A_PLUGIN_MAX: u32 = 256;
+
+/// A machine that could not be put together, shaped by what the operator mends.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Sim(#[from] sim::SpecError),
+    #[error("device {device}: {source}")]
+    Mediation { device: String, source: MediationError },
+    #[error("guest memory: {0}")]
+    Memory(#[from] MemoryError),
+    /// The IOMMU of this device cannot reach a part of guest memory.
+    #[error("device {device}: its IOMMU reaches no guest memory at all")]
+    Unreachable { device: String },
+}
+
+/// Devices, memory and plug-ins of one VM.
+#[derive(Debug)]
+pub struct Machine {
+    pub devices: Vec<Arc<MediatedDevice>>,
+    pub memory: Arc<AddressSpace>,
+    pub registry: Arc<Registry>,
+}
+
+impl Machine {
+    pub fn build(config: &Config) -> Result<Self, MachineError> {
+        let registry = Registry::new();
+        for path in &config.plugins {
+            let library = Library::open(path)?;
+            if library.panic_aborts() {
+                tracing::warn!(plugin = library.name(), "was built with panic=abort: a panic in it ends this host");
+            }
+            registry.register(library, Limits { devices_max: DEVICES_OF_A_PLUGIN_MAX })?;
+        }
+        let ram = GuestRam::new(config.memory.bytes())?;
+        let memory = AddressSpace::new(ram);
+        let mut opener = Opener::default();
+        let mut devices = Vec::with_capacity(config.devices.len());
+        for wanted in &config.devices {
+            let device = opener.open(wanted)?;
+            let name = device.identity().name.clone();
+            let ranges = device.iova_ranges();
+            let failed = |source| MachineError::Mediation { device: name.clone(), source };
+            let mediated = MediatedDevice::open(device, &registry, Arc::clone(&memory)).map_err(failed)?;
+            let maps = reachable(memory.ram().size(), &ranges);
+            if maps.is_empty() {
+                return Err(MachineError::Unreachable { device: name });
+            }
+            for map in maps {
+                mediated.dma_map(map).map_err(failed)?;
+            }
+            devices.push(mediated);
+        }
+        Ok(Self { devices, memory, registry })
+    }
+
+    /// Closes the devices, then retires the plug-ins.
+    pub fn close(self, deadline: Instant) -> Result<(), UnregisterError> {
+        let Self { devices, memory: _, registry } = self;
+        drop(devices);
+        registry.shutdown(deadline)
+    }
+}
+
+/// Opens devices; those of one kind share one address space of the IOMMU, as one VM's devices must.
+#[derive(Debug, Default)]
+struct Opener {
+    container: Option<Arc<Iommu>>,
+    iommufd: Option<Arc<Iommu>>,
+}
+
+impl Opener {
+    fn open(&mut self, wanted: &DeviceConfig) -> Result<Arc<dyn Device>, MachineError> {
+        let name = match &wanted.name {
+            DeviceName::Sim(spec) => return Ok(sim::open(spec)?),
+            DeviceName::Vfio(name) => name,
+        };
+        let backend = match wanted.open {
+            OpenBy::Group => Backend::VfioGroup,
+            OpenBy::Cdev => Backend::VfioCdev,
+            OpenBy::Auto if has_cdev(name) => Backend::VfioCdev,
+            OpenBy::Auto => Backend::VfioGroup,
+        };
+        let shared = match backend {
+            Backend::VfioCdev => &mut self.iommufd,
+            Backend::VfioGroup | Backend::Sim => &mut self.container,
+        };
+        let options = Options { iommu: shared.clone(), vf_token: wanted.vf_token };
+        let device = match backend {
+            Backend::VfioCdev => VfioDevice::open_cdev(name, &options)?,
+            Backend::VfioGroup | Backend::Sim => VfioDevice::open_group(name, &options)?,
+        };
+        *shared = Some(Arc::clone(device.iommu()));
+        Ok(Arc::new(device))
+    }
+}
+
+/// Whether this kernel gives the device a character device of its own. A folder that cannot be read is told when the group
+/// is opened.
+fn has_cdev(name: &str) -> bool {
+    Sysfs::default().cdev_node(name).is_ok_and(|node| node.is_some())
+}
+
+/// Guest memory at its own addresses, as far as the IOMMU lets the device reach it: an x86 machine keeps a window for
+/// interrupts, which no guest's memory can be mapped to.
+fn reachable(size: u64, ranges: &[IovaRange]) -> Vec<IovaMapping> {
+    ranges
+        .iter()
+        .filter_map(|range| {
+            let first = range.iova.checked_next_multiple_of(PAGE_SIZE)?;
+            let end = match range.last.checked_add(1) {
+                Some(end) => end / PAGE_SIZE * PAGE_SIZE,
+                None => u64::MAX / PAGE_SIZE * PAGE_SIZE,
+            };
+            let end = end.min(size);
+            (first < end).then(|| IovaMapping {
+                iova: first,
+                length: end - first,
+                ram_offset: first,
+                read: true,
+                write: true,
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// spec: CTL-40
+    #[test]
+    fn guest_memory_is_mapped_around_what_the_iommu_keeps() {
+        let msi = [IovaRange { iova: 0, last: 0xfedf_ffff }, IovaRange { iova: 0xfef0_0000, last: u64::MAX }];
+        let shapes = |size| reachable(size, &msi).iter().map(|m| (m.iova, m.length)).collect::<Vec<_>>();
+        assert_eq!(shapes(0xfee0_0000 - 4096), [(0, 0xfee0_0000 - 4096)]);
+        assert_eq!(shapes(0xfee0_0000), [(0, 0xfee0_0000)]);
+        assert_eq!(shapes(0xfee0_0000 + 4096), [(0, 0xfee0_0000)]);
+        assert_eq!(shapes(0xfef0_0000 + 4096), [(0, 0xfee0_0000), (0xfef0_0000, 4096)]);
+        assert!(reachable(4096, &[IovaRange { iova: 1, last: 4095 }]).is_empty());
+    }
+}
