@@ -65,13 +65,12 @@ pub fn run(demo: &Demo) -> anyhow::Result<()> {
     warm_up(&story, &mut source, demo.load.rounds, &demo.load.memory)?;
     story.tell(format!("migrating over TCP to {to} while the guest runs"));
     let report = migrate(&source, to, false)?;
-    source.catch_up()?;
     tell_report(&story, &report);
 
     let checked = judge_arrival(&story, &mut destination, demo.load.rounds)?;
-    // The source must stay silent: give a wrong one time to show itself.
-    source.catch_up()?;
+    // The witness first: a source that goes on is a worse thing than whatever it then complains about.
     judge_runners(&witness, &[here.pid, there.pid])?;
+    source.catch_up()?;
     story.tell(format!(
         "witness: {} heartbeats, first from process {}, then only from {}",
         grouped(witness.ask(|t| t.heartbeats)),
