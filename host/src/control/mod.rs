@@ -1,11 +1,13 @@
 //! The operator's side: configuration, control socket, commands, doctor, and the host that puts everything together.
 
 pub mod address;
+pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod exit;
 pub mod host;
 pub mod machine;
+pub mod service;
 pub mod socket;
 pub mod units;
 
