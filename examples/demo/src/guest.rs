@@ -242,7 +242,13 @@ impl<P: Platform> Guest<P> {
                 return Ok(false);
             }
             let standing = self.platform.read32(IRQ_STATUS)?;
-            return Err(caught("irq", format!("no interrupt for {} ms, the device's irq status is {standing:#x}", since.elapsed().as_millis())));
+            return Err(caught(
+                "irq",
+                format!(
+                    "no interrupt for {} ms, the device's irq status is {standing:#x}",
+                    since.elapsed().as_millis()
+                ),
+            ));
         }
         let status = self.platform.read32(IRQ_STATUS)?;
         if status & cause == 0 {
@@ -314,7 +320,10 @@ impl<P: Platform> Guest<P> {
         let address = (self.places.cpu_first + page) * PAGE_SIZE;
         self.platform.ram().read(address, &mut found)?;
         if let Some(at) = first_difference(&found, &expected) {
-            return Err(caught("page", format!("guest page at {address:#x}, version {version}, differs from byte {at} on")));
+            return Err(caught(
+                "page",
+                format!("guest page at {address:#x}, version {version}, differs from byte {at} on"),
+            ));
         }
         Ok(())
     }
@@ -336,11 +345,6 @@ impl<P: Platform> Guest<P> {
             self.check_factorial()?;
         }
         Ok(self.places.cpu_pages + (rounds - first.min(rounds)))
-    }
-
-    /// Address of a page that the guest will check, for a demonstration that damages it.
-    pub fn page_to_damage(&self) -> u64 {
-        self.places.cpu_first * PAGE_SIZE
     }
 }
 

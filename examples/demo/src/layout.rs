@@ -38,8 +38,6 @@ pub enum Word {
     /// 1 once the device holds a page of ours
     Filled,
     PayloadPages,
-    
-
 }
 
 /// The guest's memory, with names for its parts.

@@ -12,7 +12,7 @@ use serde_json::json;
 use vfio_mediate::control::client::Client;
 
 use crate::build;
-use crate::cli::{Demo, DestinationArgs, Fault, Load, SourceArgs};
+use crate::cli::{Demo, DestinationArgs, Load, SourceArgs};
 use crate::guest::Caught;
 use crate::process::HostProcess;
 use crate::protocol::{Command, Event, Plugin};
@@ -56,8 +56,7 @@ pub fn run(demo: &Demo) -> anyhow::Result<()> {
         }
         HostProcess::start(side, &folder.path().join(format!("{side}.sock")), &words)
     };
-    let mut destination =
-        start("destination", &demo.destination_device, Some((Ipv4Addr::LOCALHOST, 0).into()))?;
+    let mut destination = start("destination", &demo.destination_device, Some((Ipv4Addr::LOCALHOST, 0).into()))?;
     let mut source = start("source", &demo.source_device, None)?;
     let there = introduce(&story, &mut destination)?;
     let here = introduce(&story, &mut source)?;
@@ -65,7 +64,7 @@ pub fn run(demo: &Demo) -> anyhow::Result<()> {
 
     warm_up(&story, &mut source, demo.load.rounds, &demo.load.memory)?;
     story.tell(format!("migrating over TCP to {to} while the guest runs"));
-    let report = migrate(&story, &source, to, false)?;
+    let report = migrate(&source, to, false)?;
     source.catch_up()?;
     tell_report(&story, &report);
 
@@ -102,7 +101,7 @@ pub fn run_source(args: &SourceArgs) -> anyhow::Result<()> {
     let here = introduce(&story, &mut source)?;
     warm_up(&story, &mut source, args.load.rounds, &args.load.memory)?;
     story.tell(format!("migrating over TCP to {} while the guest runs", args.to));
-    let report = migrate(&story, &source, args.to, args.insecure)?;
+    let report = migrate(&source, args.to, args.insecure)?;
     tell_report(&story, &report);
     if let Some(path) = &args.report {
         let text = serde_json::to_vec_pretty(&json!({ "source": side_json(&here), "migration": report }))?;
@@ -119,8 +118,7 @@ pub fn run_destination(args: &DestinationArgs) -> anyhow::Result<()> {
     let plugin = build::plugin(args.load.plugin.as_deref())?;
     let folder = tempfile::tempdir().context("a folder for sockets and journals")?;
     let witness = Witness::listen(args.witness).context("the witness's socket")?;
-    let mut words =
-        host_arguments("destination", &args.device, &args.load, &plugin, folder.path(), witness.address());
+    let mut words = host_arguments("destination", &args.device, &args.load, &plugin, folder.path(), witness.address());
     words.extend(["--listen".to_owned(), args.listen.to_string()]);
     if args.insecure {
         words.push("--insecure".to_owned());
@@ -180,7 +178,8 @@ fn introduce(story: &Story, process: &mut HostProcess) -> anyhow::Result<Introdu
         Some(plugin) => format!("plug-in {} {}", plugin.name, plugin.version),
         None => "no plug-in".to_owned(),
     };
-    story.tell(format!("{}: process {}, device {} ({}), {mediator}", process.side, host.pid, host.device, host.backend));
+    story
+        .tell(format!("{}: process {}, device {} ({}), {mediator}", process.side, host.pid, host.device, host.backend));
     Ok(host)
 }
 
@@ -202,15 +201,9 @@ fn wait_rounds(process: &mut HostProcess, rounds: u64) -> anyhow::Result<()> {
 }
 
 /// The same request that `vfio-mediate migrate` makes.
-fn migrate(story: &Story, source: &HostProcess, to: SocketAddr, insecure: bool) -> anyhow::Result<serde_json::Value> {
+fn migrate(source: &HostProcess, to: SocketAddr, insecure: bool) -> anyhow::Result<serde_json::Value> {
     let mut client = Client::connect(&source.control).context("the source's control socket")?;
-    let mut rounds = 0;
-    let report = client.migrate(&to.to_string(), insecure, |progress| {
-        if progress.round > rounds {
-            rounds = progress.round;
-            story.tell(format!("round {rounds}: {} pages sent so far", grouped(progress.pages_sent)));
-        }
-    })?;
+    let report = client.migrate(&to.to_string(), insecure, |_| {})?;
     Ok(serde_json::to_value(report)?)
 }
 
@@ -219,12 +212,18 @@ fn number(report: &serde_json::Value, name: &str) -> f64 {
 }
 
 fn tell_report(story: &Story, report: &serde_json::Value) {
-    let rounds = report.get("rounds").and_then(|r| r.as_array()).map_or(0, Vec::len);
-    story.tell(format!(
-        "{} pages in {rounds} rounds, {} on the wire",
-        grouped(number(report, "pages_sent") as u64),
-        mebibytes(number(report, "bytes") as u64)
-    ));
+    for round in report.get("rounds").and_then(|r| r.as_array()).into_iter().flatten() {
+        let last = if number(round, "dirty_left") == 0.0 { "" } else { ", dirty again meanwhile: " };
+        let left = if last.is_empty() { String::new() } else { grouped(number(round, "dirty_left") as u64) };
+        story.tell(format!(
+            "round {}: {} pages ({} of zeroes), {} in {:.0} ms{last}{left}",
+            number(round, "round"),
+            grouped(number(round, "pages") as u64),
+            grouped(number(round, "zero_pages") as u64),
+            mebibytes(number(round, "bytes") as u64),
+            number(round, "ms"),
+        ));
+    }
     let parts: Vec<String> = report
         .get("downtime")
         .and_then(|parts| parts.as_object())
@@ -232,7 +231,8 @@ fn tell_report(story: &Story, report: &serde_json::Value) {
             parts
                 .iter()
                 .filter_map(|(name, ms)| ms.as_f64().map(|ms| (name, ms)))
-                .filter(|(_, ms)| *ms >= 0.05)
+                // A part of `resume`, not one beside it.
+                .filter(|(name, ms)| *ms >= 0.05 && *name != "resume_at_destination")
                 .map(|(name, ms)| format!("{} {ms:.1}", name.trim_end_matches("_ms").replace('_', " ")))
                 .collect()
         })
@@ -305,14 +305,4 @@ fn write_report(
     }
     let text = serde_json::to_vec_pretty(&whole)?;
     std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
-}
-
-/// Which oracle must catch a fault.
-pub fn expected_oracle(fault: Fault) -> &'static str {
-    match fault {
-        Fault::Page => "page",
-        Fault::Device => "device",
-        Fault::Irq => "irq",
-        Fault::Commit => "witness",
-    }
 }

@@ -107,7 +107,11 @@ impl HostProcess {
                 return Err(Caught { oracle, what: format!("{what} ({})", self.side) }.into());
             }
             Event::Failed { what } => bail!("{}: {what}", self.side),
-            Event::Ready { .. } | Event::Running | Event::Holding { .. } | Event::Checked { .. } | Event::Dumped { .. } => {}
+            Event::Ready { .. }
+            | Event::Running
+            | Event::Holding { .. }
+            | Event::Checked { .. }
+            | Event::Dumped { .. } => {}
         }
         Ok(())
     }

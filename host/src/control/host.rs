@@ -322,7 +322,11 @@ impl Host {
                 let failure = Failure::new(FailureCode::InDoubt, doubt.to_string());
                 self.ended(job, Guest::InDoubt(doubt), Err(failure));
             }
-            Err(error @ (MigrationError::Kept { .. } | MigrationError::Discarded { .. })) => {
+            Err(
+                error @ (MigrationError::Kept { .. }
+                | MigrationError::Discarded { .. }
+                | MigrationError::Answered { .. }),
+            ) => {
                 let mut text = error.to_string();
                 if let MigrationError::Kept { resumed: false, .. } = &error {
                     text.push_str("; the guest is here but does not run");

@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     fn claim(offset: u64, length: u64) -> Claim {
-        let claim = Claim {
+        Claim {
             region: 0,
             offset,
             length,
@@ -98,8 +98,7 @@ mod tests {
             has_rw: true,
             has_region_info: false,
             has_mmap: false,
-        };
-        claim
+        }
     }
 
     /// spec: DISPATCH-1
