@@ -1,6 +1,7 @@
 //! The operator's side: configuration, control socket, commands, doctor, and the host that puts everything together.
 
 pub mod address;
+pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod exit;
