@@ -284,10 +284,8 @@ impl OpenDevice {
     }
 
     fn read_extra_irq(&mut self, raw: &abi::ExtraIrq) -> Result<(), String> {
-        const FLAGS: u32 = VFIO_IRQ_INFO_EVENTFD
-            | VFIO_IRQ_INFO_MASKABLE
-            | VFIO_IRQ_INFO_AUTOMASKED
-            | VFIO_IRQ_INFO_NORESIZE;
+        const FLAGS: u32 =
+            VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE | VFIO_IRQ_INFO_AUTOMASKED | VFIO_IRQ_INFO_NORESIZE;
         if raw.count == 0 || raw.count > EXTRA_VECTORS_MAX || raw.flags & !FLAGS != 0 {
             return Err(format!("an extra irq of {} vectors with flags {:#x}", raw.count, raw.flags));
         }

@@ -101,8 +101,8 @@ impl Library {
         let malformed = |what: String| LoadError::Malformed { path: path.to_owned(), what };
 
         // SAFETY: the symbol is only turned into a pointer here, and what it points at is checked before it is believed.
-        let symbol = unsafe { handle.get::<*const Entry>(abi::ENTRY_SYMBOL.as_bytes()) }
-            .map_err(|_| not_ours(no_entry()))?;
+        let symbol =
+            unsafe { handle.get::<*const Entry>(abi::ENTRY_SYMBOL.as_bytes()) }.map_err(|_| not_ours(no_entry()))?;
         let entry = symbol.into_raw().cast::<Entry>().cast_const();
         let start = read_start(entry).map_err(not_ours)?;
         check_version(&start, size).map_err(other_abi)?;
