@@ -10,8 +10,8 @@
 
 use object::elf::{
     DF_1_PIE, DT_FLAGS_1, DT_GNU_HASH, DT_HASH, DT_INIT_ARRAY, DT_INIT_ARRAYSZ, DT_JMPREL, DT_PLTRELSZ, DT_RELA,
-    DT_RELASZ, DT_RELR, DT_RELRSZ, DT_STRSZ, DT_STRTAB, DT_SYMTAB, DynamicTag, ET_DYN, FileHeader64, Machine, PT_DYNAMIC,
-    PT_LOAD, ProgramHeader64, SHT_STRTAB, STB_GLOBAL, STB_WEAK, STT_OBJECT, Sym64,
+    DT_RELASZ, DT_RELR, DT_RELRSZ, DT_STRSZ, DT_STRTAB, DT_SYMTAB, DynamicTag, ET_DYN, FileHeader64, Machine,
+    PT_DYNAMIC, PT_LOAD, ProgramHeader64, SHT_STRTAB, STB_GLOBAL, STB_WEAK, STT_OBJECT, Sym64,
 };
 use object::read::elf::{Dyn, FileHeader, GnuHashTable, HashTable, ProgramHeader, SectionHeader, Sym};
 use object::{Endianness, LittleEndian};
@@ -171,7 +171,8 @@ impl<'data> Tables<'data> {
     fn table(&self, address: DynamicTag, size: DynamicTag, what: &str) -> Result<Option<&'data [u8]>, String> {
         let Some(address) = self.value(address) else { return Ok(None) };
         let length = self.value(size).and_then(|length| usize::try_from(length).ok());
-        let found = length.and_then(|length| if length == 0 { Some(&[][..]) } else { self.from(address)?.get(..length) });
+        let found =
+            length.and_then(|length| if length == 0 { Some(&[][..]) } else { self.from(address)?.get(..length) });
         found.map(Some).ok_or_else(|| format!("damaged: its {what} lie outside the file"))
     }
 

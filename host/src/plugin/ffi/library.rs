@@ -101,8 +101,8 @@ impl Library {
         let malformed = |what: String| LoadError::Malformed { path: path.to_owned(), what };
 
         // SAFETY: the symbol is only turned into a pointer here, and what it points at is checked before it is believed.
-        let symbol = unsafe { handle.get::<*const Entry>(abi::ENTRY_SYMBOL.as_bytes()) }
-            .map_err(|_| not_ours(no_entry()))?;
+        let symbol =
+            unsafe { handle.get::<*const Entry>(abi::ENTRY_SYMBOL.as_bytes()) }.map_err(|_| not_ours(no_entry()))?;
         let entry = symbol.into_raw().cast::<Entry>().cast_const();
         let start = read_start(entry).map_err(not_ours)?;
         check_version(&start, size).map_err(other_abi)?;
@@ -221,6 +221,12 @@ struct Start {
     abi_major: u16,
     abi_minor: u16,
 }
+
+const _: () = {
+    assert!(std::mem::offset_of!(Start, struct_size) == std::mem::offset_of!(Entry, struct_size));
+    assert!(std::mem::offset_of!(Start, abi_major) == std::mem::offset_of!(Entry, abi_major));
+    assert!(std::mem::offset_of!(Start, abi_minor) == std::mem::offset_of!(Entry, abi_minor));
+};
 
 fn read_start(entry: *const Entry) -> Result<Start, String> {
     if entry.is_null() || !entry.is_aligned() {
