@@ -12,7 +12,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use vfio_mediate::device::*;
 use vfio_mediate::mediation::gate::Reason;
-use vfio_mediate::mediation::mediator::{HostCalls, IrqClaim, MmapAnswer, Request, Verdict};
+use vfio_mediate::mediation::mediator::{IrqClaim, MmapAnswer, Request, Verdict};
 use vfio_mediate::mediation::{MediationError, Remedy};
 use vfio_mediate::sys::{Seal, memfd};
 use vfio_mediate_sdk::abi;

@@ -146,9 +146,12 @@ struct DemoEmbedder {
 impl Embedder for DemoEmbedder {
     fn vmm(&self, machine: &Machine) -> Result<Arc<dyn VmmPort>, String> {
         let device = machine.devices.first().ok_or("the demo needs a device")?;
+        // Before any state is loaded: an interrupt that was pending at the source is raised while the device starts here.
+        let irq = IrqLine::connect(device, MSI, 0).map_err(|error| format!("connecting the interrupt: {error}"))?;
         let vmm = Arc::new(DemoVmm {
             machine: InProcess::paused(Arc::clone(&machine.memory)),
             device: Arc::clone(device),
+            irq: Mutex::new(Some(irq)),
             args: self.args.clone(),
             started: AtomicBool::new(false),
             check: Arc::default(),
@@ -197,6 +200,8 @@ pub fn phase_name(phase: Phase) -> String {
 struct DemoVmm {
     machine: Arc<InProcess>,
     device: Arc<MediatedDevice>,
+    /// Until the guest's thread takes it
+    irq: Mutex<Option<IrqLine>>,
     args: HostArgs,
     started: AtomicBool,
     /// The parent wants every byte checked
@@ -253,16 +258,16 @@ impl DemoVmm {
             let command = u16::from_le_bytes(command) | COMMAND_ON;
             self.device.region_write(CONFIG, COMMAND, &command.to_le_bytes())?;
         }
-        let irq = IrqLine::connect(&self.device, MSI, 0)?;
+        let irq = self.irq.lock().unwrap_or_else(PoisonError::into_inner).take();
         let platform = HostPlatform {
             memory: Arc::clone(self.machine.memory()),
             device: Arc::clone(&self.device),
-            irq: (self.args.fault != Some(Fault::Irq) || !arrived).then_some(irq),
+            irq: irq.filter(|_| self.args.fault != Some(Fault::Irq) || !arrived),
         };
         if arrived {
             self.damage()?;
         }
-        let heart = Heart::new(self.args.witness)?;
+        let heart = Heart::new(self.args.witness, arrived)?;
         let thread = self.machine.attach();
         let (args, check) = (self.args.clone(), Arc::clone(&self.check));
         std::thread::Builder::new().name("guest".into()).spawn(move || {

@@ -346,11 +346,6 @@ impl<P: Platform> Guest<P> {
         }
         Ok(self.places.cpu_pages + (rounds - first.min(rounds)))
     }
-
-    /// Address of a page that the guest will check, for a demonstration that damages it.
-    pub fn page_to_damage(&self) -> u64 {
-        self.places.cpu_first * PAGE_SIZE
-    }
 }
 
 fn first_difference(found: &[u8], expected: &[u8]) -> Option<usize> {

@@ -8,6 +8,7 @@ use vfio_mediate::memory::{GuestRam, PAGE_SIZE};
 use vfio_mediate::sys::Mapping;
 
 use crate::guest::{Caught, Guest};
+use crate::layout::State;
 use crate::platform::Platform;
 
 /// An edu that does its DMA at once, with one fault to choose.
@@ -146,7 +147,7 @@ fn a_healthy_machine_satisfies_every_oracle() {
 fn the_page_oracle_catches_one_changed_bit_of_ram() {
     let (ram, _faults, mut guest) = machine();
     run(&mut guest, 40);
-    let address = guest.page_to_damage();
+    let address = State { ram: ram.mapping() }.places().unwrap().cpu_first * PAGE_SIZE;
     let mut byte = [0];
     ram.mapping().read(address + 4095, &mut byte).unwrap();
     ram.mapping().write(address + 4095, &[byte[0] ^ 0x80]).unwrap();

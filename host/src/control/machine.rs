@@ -85,6 +85,11 @@ impl Machine {
     }
 }
 
+/// Opens one device by itself.
+pub fn open(wanted: &DeviceConfig) -> Result<Arc<dyn Device>, MachineError> {
+    Opener::default().open(wanted)
+}
+
 /// Opens devices; those of one kind share one address space of the IOMMU, as one VM's devices must.
 #[derive(Debug, Default)]
 struct Opener {

@@ -12,6 +12,7 @@ use super::config::{COMMAND, COMMAND_MASTER, COMMAND_MEMORY};
 use super::device::MediatedDevice;
 use super::error::{MediationError, Result};
 use super::gate::{Class, CloseError, Reason};
+use super::irqs::Armed;
 use super::mediator::{Request, TrapMap};
 use super::timers::Delivery;
 use super::{lane, lock};
@@ -78,7 +79,7 @@ impl MediatedDevice {
     }
 
     fn arm_again(&self) -> Result<()> {
-        for (index, start, fds) in self.shared.irqs.armed() {
+        for Armed { index, start, fds } in self.shared.irqs.armed() {
             if index < self.own_irqs() {
                 let fds = borrowed(&fds);
                 let (action, data) = (IrqAction::Trigger, IrqData::EventFd(&fds));

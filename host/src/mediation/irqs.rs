@@ -18,6 +18,14 @@ const ROUTES_MAX: usize = 4096;
 
 pub type Vector = (u32, u32);
 
+/// Vectors of one index from `start` on, with what the device signals.
+#[derive(Debug)]
+pub struct Armed {
+    pub index: u32,
+    pub start: u32,
+    pub fds: Vec<Option<Arc<OwnedFd>>>,
+}
+
 #[derive(Debug)]
 struct Route {
     client: Arc<OwnedFd>,
@@ -113,20 +121,20 @@ impl Irqs {
         true
     }
 
-    /// Each index with its vectors' device-side eventfds, for re-arming after a reset: (index, first vector, descriptors).
-    pub fn armed(&self) -> Vec<(u32, u32, Vec<Option<Arc<OwnedFd>>>)> {
-        let mut armed: Vec<(u32, u32, Vec<Option<Arc<OwnedFd>>>)> = Vec::new();
+    /// Each index with its device-side eventfds, for re-arming after a reset.
+    pub fn armed(&self) -> Vec<Armed> {
+        let mut all: Vec<Armed> = Vec::new();
         for (&(index, vector), route) in self.routes().iter() {
             let fd = Some(route.interposed.as_ref().unwrap_or(&route.client).clone());
-            match armed.last_mut() {
-                Some((last, start, fds)) if *last == index => {
-                    fds.resize((vector - *start) as usize, None);
-                    fds.push(fd);
+            match all.last_mut() {
+                Some(armed) if armed.index == index => {
+                    armed.fds.resize((vector - armed.start) as usize, None);
+                    armed.fds.push(fd);
                 }
-                _ => armed.push((index, vector, vec![fd])),
+                _ => all.push(Armed { index, start: vector, fds: vec![fd] }),
             }
         }
-        armed
+        all
     }
 
     /// Starts the thread that calls `fired` when an interposed eventfd was signalled. Once.

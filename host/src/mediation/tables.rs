@@ -14,7 +14,7 @@ pub struct Segment {
     pub claim: usize,
 }
 
-/// One table: the segments of each region, ascending and disjoint.
+/// One table: the segments of each region whose accesses are hooked, ascending and disjoint.
 #[derive(Debug)]
 pub struct Table {
     regions: Box<[Box<[Segment]>]>,
@@ -60,6 +60,10 @@ impl Table {
                 return Err(MediationError::PluginFault { what });
             }
         }
+        // Claims without an rw hook take the mapping away, not the access.
+        for segments in &mut regions {
+            segments.retain(|segment| claims[segment.claim].has_rw);
+        }
         Ok(Self { regions: regions.into_iter().map(Vec::into_boxed_slice).collect() })
     }
 
@@ -89,7 +93,7 @@ mod tests {
     use super::*;
 
     fn claim(offset: u64, length: u64) -> Claim {
-        let claim = Claim {
+        Claim {
             region: 0,
             offset,
             length,
@@ -98,8 +102,7 @@ mod tests {
             has_rw: true,
             has_region_info: false,
             has_mmap: false,
-        };
-        claim
+        }
     }
 
     /// spec: DISPATCH-1

@@ -1,5 +1,5 @@
 //! A device and a plug-in whose every answer a test decides, and which notice what must not happen.
-#![allow(dead_code)]
+#![allow(dead_code, missing_debug_implementations)]
 
 use std::collections::HashMap;
 use std::fmt::{self, Debug};

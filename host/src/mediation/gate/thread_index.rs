@@ -12,7 +12,29 @@ pub const OVERFLOW: usize = OWN_SLOTS;
 
 const UNASSIGNED: usize = usize::MAX;
 
-static TAKEN: Mutex<u64> = Mutex::new(0);
+static SLAB: Slab = Slab(Mutex::new(0));
+
+/// Which indices are taken, as bits.
+struct Slab(Mutex<u64>);
+
+impl Slab {
+    /// The lowest free index, or [`OVERFLOW`].
+    fn take(&self) -> usize {
+        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = taken.trailing_ones() as usize;
+        if index >= OWN_SLOTS {
+            return OVERFLOW;
+        }
+        *taken |= 1 << index;
+        index
+    }
+
+    fn give_back(&self, index: usize) {
+        if index < OWN_SLOTS {
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) &= !(1 << index);
+        }
+    }
+}
 
 thread_local! {
     // Two cells: this one has no destructor, so that reading it is one load; the other's destructor gives the index back.
@@ -24,10 +46,7 @@ struct Lease;
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let index = INDEX.replace(OVERFLOW);
-        if index < OWN_SLOTS {
-            *TAKEN.lock().unwrap_or_else(PoisonError::into_inner) &= !(1 << index);
-        }
+        SLAB.give_back(INDEX.replace(OVERFLOW));
     }
 }
 
@@ -43,18 +62,8 @@ fn assign() -> usize {
     // Registers the destructor. A thread whose locals are already gone stays in the overflow slot: nobody would give its
     // index back.
     let leased = LEASE.try_with(|_| ()).is_ok();
-    let index = if leased { take() } else { OVERFLOW };
+    let index = if leased { SLAB.take() } else { OVERFLOW };
     INDEX.set(index);
-    index
-}
-
-fn take() -> usize {
-    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-    let index = taken.trailing_ones() as usize;
-    if index >= OWN_SLOTS {
-        return OVERFLOW;
-    }
-    *taken |= 1 << index;
     index
 }
 
@@ -71,9 +80,14 @@ mod tests {
     }
 
     #[test]
-    fn an_ended_threads_index_is_given_out_again() {
-        // Far more threads than slots, one after the other: were indices lost, the later ones would all overflow.
-        let indices: Vec<_> = (0..4 * OWN_SLOTS).map(|_| std::thread::spawn(current).join().unwrap()).collect();
-        assert!(indices[3 * OWN_SLOTS..].iter().any(|&index| index < OWN_SLOTS), "{indices:?}");
+    fn an_index_is_given_out_once_and_again_when_it_came_back() {
+        let slab = Slab(Mutex::new(0));
+        let all: Vec<usize> = (0..OWN_SLOTS + 2).map(|_| slab.take()).collect();
+        assert!(all[..OWN_SLOTS].iter().copied().eq(0..OWN_SLOTS));
+        assert_eq!(all[OWN_SLOTS..], [OVERFLOW; 2]);
+        slab.give_back(OVERFLOW);
+        assert_eq!(slab.take(), OVERFLOW);
+        slab.give_back(5);
+        assert_eq!((slab.take(), slab.take()), (5, OVERFLOW));
     }
 }

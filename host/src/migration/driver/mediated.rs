@@ -186,11 +186,15 @@ impl SourceHost for MediatedHost {
     }
 
     fn restore(&self, device: usize, target: DeviceState, deadline_ms: u64) -> Result<()> {
-        self.walk(device, target, deadline_ms).or_else(|error| {
-            tracing::warn!(device, ?error, "the device does not come back by itself: resetting it");
-            self.reset(device)?;
-            self.walk(device, target, deadline_ms)
-        })
+        let Err(error) = self.walk(device, target, deadline_ms) else { return Ok(()) };
+        // A reset makes the device answer again, but what the guest had set up in it is gone: it counts as lost.
+        match self.reset(device) {
+            Ok(()) => Err(error),
+            Err(reset) => {
+                tracing::warn!(device, ?reset, "a device that does not come back cannot be reset either");
+                Err(error)
+            }
+        }
     }
 
     fn save(&self, device: usize, buffer: &mut [u8]) -> Result<Saved> {
