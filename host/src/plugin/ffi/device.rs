@@ -22,7 +22,7 @@ use crate::plugin::calls::{
     Verdict,
 };
 use crate::plugin::error::OpenError;
-use crate::plugin::registry::{DeviceReference, PluginInfo};
+use crate::plugin::registry::{PluginInfo, Reference};
 use crate::plugin::tables::{Claim, Exactness, ExtraIrq, ExtraRegion, IrqClaim, check_overlap};
 
 /// Largest region that a plug-in may add, in bytes: what VFIO's file offsets have room for.
@@ -52,7 +52,7 @@ pub struct OpenDevice {
     extra_irqs: Vec<ExtraIrq>,
     calls: Arc<dyn HostCalls>,
     /// Last: given back after `close` has returned
-    reference: DeviceReference,
+    reference: Reference,
 }
 
 // SAFETY: the raw pointers are the plug-in's own or point at tables that live until `close`; the ABI says that hooks may
@@ -63,7 +63,7 @@ unsafe impl Sync for OpenDevice {}
 
 impl fmt::Debug for OpenDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "OpenDevice({}, {} claims)", self.reference.plugin().name, self.claims.len())
+        write!(f, "OpenDevice({}, {} claims)", self.reference.card().info().name, self.claims.len())
     }
 }
 
@@ -132,14 +132,14 @@ impl Globals {
     }
 }
 
-/// Opens a claimed device. On an error nothing stays open in the plug-in.
+/// Opens a claimed device. On an error nothing stays open in the plug-in, and the reference is given back.
 pub fn open_device(
-    globals: &Globals,
     identity: &ProbeIdentity<'_>,
     calls: Arc<dyn HostCalls>,
-    reference: DeviceReference,
+    reference: Reference,
 ) -> Result<OpenDevice, OpenError> {
-    let plugin = reference.plugin().name.clone();
+    let globals = *reference.member();
+    let plugin = reference.card().info().name.clone();
     let failed = |errno| OpenError::Open { plugin: plugin.clone(), device: identity.name.to_owned(), errno };
     let Some(open) = globals.table.open else { return Err(failed(Errno::NOSYS)) };
     // SAFETY: integers and pointers only; the ABI says that `open` finds the structure zeroed.
@@ -316,7 +316,7 @@ impl OpenDevice {
     }
 
     pub fn plugin(&self) -> &PluginInfo {
-        self.reference.plugin()
+        self.reference.card().info()
     }
 
     pub fn claims(&self) -> &[Claim] {

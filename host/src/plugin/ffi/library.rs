@@ -222,6 +222,12 @@ struct Start {
     abi_minor: u16,
 }
 
+const _: () = {
+    assert!(std::mem::offset_of!(Start, struct_size) == std::mem::offset_of!(Entry, struct_size));
+    assert!(std::mem::offset_of!(Start, abi_major) == std::mem::offset_of!(Entry, abi_major));
+    assert!(std::mem::offset_of!(Start, abi_minor) == std::mem::offset_of!(Entry, abi_minor));
+};
+
 fn read_start(entry: *const Entry) -> Result<Start, String> {
     if entry.is_null() || !entry.is_aligned() {
         return Err(format!("{} is null or misaligned", abi::ENTRY_SYMBOL));
