@@ -267,7 +267,7 @@ impl DemoVmm {
         if arrived {
             self.damage()?;
         }
-        let heart = Heart::new(self.args.witness)?;
+        let heart = Heart::new(self.args.witness, arrived)?;
         let thread = self.machine.attach();
         let (args, check) = (self.args.clone(), Arc::clone(&self.check));
         std::thread::Builder::new().name("guest".into()).spawn(move || {

@@ -9,6 +9,7 @@ mod cli;
 mod guest;
 #[cfg(test)]
 mod guest_tests;
+mod kill;
 mod layout;
 mod parent;
 mod platform;
@@ -27,7 +28,10 @@ use crate::guest::Caught;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match &cli.role {
-        None => parent::run(&cli.demo),
+        None => match &cli.demo.kill {
+            Some(what) => kill::run(&cli.demo, what),
+            None => parent::run(&cli.demo),
+        },
         Some(Role::Host(args)) => child::run(args),
         Some(Role::Source(args)) => parent::run_source(args),
         Some(Role::Destination(args)) => parent::run_destination(args),

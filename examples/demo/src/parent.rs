@@ -17,19 +17,19 @@ use crate::guest::Caught;
 use crate::process::HostProcess;
 use crate::protocol::{Command, Event, Plugin};
 use crate::story::{Story, grouped, mebibytes};
-use crate::witness::Witness;
+use crate::witness::{Runner, Witness};
 
 /// How long a host may take to come up, and a guest to come to a given round. An emulated machine is slow.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What a host told when it came up.
 #[derive(Debug, Clone)]
-struct Introduction {
+pub struct Introduction {
     pid: u32,
     device: String,
     backend: String,
     plugin: Option<Plugin>,
-    listen: Option<SocketAddr>,
+    pub listen: Option<SocketAddr>,
 }
 
 /// The demo proper: both hosts on this machine.
@@ -65,13 +65,15 @@ pub fn run(demo: &Demo) -> anyhow::Result<()> {
     warm_up(&story, &mut source, demo.load.rounds, &demo.load.memory)?;
     story.tell(format!("migrating over TCP to {to} while the guest runs"));
     let report = migrate(&source, to, false)?;
-    source.catch_up()?;
     tell_report(&story, &report);
 
     let checked = judge_arrival(&story, &mut destination, demo.load.rounds)?;
-    // The source must stay silent: give a wrong one time to show itself.
+    // The witness first: a source that goes on is a worse thing than whatever it then complains about.
+    judge_runners(
+        &witness,
+        &[Runner { pid: here.pid, is_destination: false }, Runner { pid: there.pid, is_destination: true }],
+    )?;
     source.catch_up()?;
-    judge_runners(&witness, &[here.pid, there.pid])?;
     story.tell(format!(
         "witness: {} heartbeats, first from process {}, then only from {}",
         grouped(witness.ask(|t| t.heartbeats)),
@@ -136,7 +138,7 @@ pub fn run_destination(args: &DestinationArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn host_arguments(
+pub fn host_arguments(
     side: &str,
     device: &str,
     load: &Load,
@@ -158,7 +160,7 @@ fn host_arguments(
     words
 }
 
-fn introduce(story: &Story, process: &mut HostProcess) -> anyhow::Result<Introduction> {
+pub fn introduce(story: &Story, process: &mut HostProcess) -> anyhow::Result<Introduction> {
     let host = process.wait_for("sign of life", PATIENCE, |event| match event {
         Event::Ready { pid, device, backend, plugin, listen } => Some((
             Introduction {
@@ -193,7 +195,7 @@ fn warm_up(story: &Story, source: &mut HostProcess, rounds: u64, memory: &str) -
     Ok(())
 }
 
-fn wait_rounds(process: &mut HostProcess, rounds: u64) -> anyhow::Result<()> {
+pub fn wait_rounds(process: &mut HostProcess, rounds: u64) -> anyhow::Result<()> {
     process.wait_for("progress of the guest", PATIENCE, |event| match event {
         Event::Progress { rounds: done, .. } if *done >= rounds => Some(()),
         _ => None,
@@ -267,7 +269,7 @@ fn judge_arrival(story: &Story, destination: &mut HostProcess, more_rounds: u64)
     Ok(pages)
 }
 
-fn judge_runners(witness: &Witness, expected: &[u32]) -> anyhow::Result<()> {
+fn judge_runners(witness: &Witness, expected: &[Runner]) -> anyhow::Result<()> {
     witness.ask(|testimony| {
         if let Some(complaint) = &testimony.complaint {
             return Err(Caught { oracle: "witness", what: complaint.clone() }.into());

@@ -54,10 +54,6 @@ impl HostProcess {
         Ok(Self { side, control, child, commands, events, progress: (0, 0, 0), phases: Vec::new() })
     }
 
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     pub fn tell(&mut self, command: &Command) -> anyhow::Result<()> {
         let mut line = serde_json::to_vec(command)?;
         line.push(b'\n');

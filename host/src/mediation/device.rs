@@ -76,6 +76,8 @@ pub struct MediatedDevice {
     pub(super) plugin: Option<Box<dyn Mediator>>,
     pub(super) summary: Option<PluginSummary>,
     pub(super) shared: Arc<Shared>,
+    /// The same device as `shared`'s, one pointer nearer
+    pub(super) device: Arc<dyn Device>,
     pub(super) limits: Limits,
     pub(super) tables: [Table; 2],
     /// Index into `tables`; changed only by whoever has the device alone
@@ -137,7 +139,7 @@ impl MediatedDevice {
     }
 
     pub(super) fn device(&self) -> &dyn Device {
-        &*self.shared.device
+        &*self.device
     }
 
     pub(super) fn frame(&self, origin: Origin) -> CallFrame<'_> {

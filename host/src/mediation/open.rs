@@ -56,6 +56,7 @@ impl MediatedDevice {
         let mut mediated = Self {
             summary: plugin.as_ref().map(|plugin| plugin.plugin()),
             plugin,
+            device: Arc::clone(&shared.device),
             shared,
             limits,
             tables,

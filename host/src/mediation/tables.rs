@@ -14,7 +14,7 @@ pub struct Segment {
     pub claim: usize,
 }
 
-/// One table: the segments of each region, ascending and disjoint.
+/// One table: the segments of each region whose accesses are hooked, ascending and disjoint.
 #[derive(Debug)]
 pub struct Table {
     regions: Box<[Box<[Segment]>]>,
@@ -59,6 +59,10 @@ impl Table {
                 let what = format!("claims overlap at {:#x} of region {}", claim.offset, claim.region);
                 return Err(MediationError::PluginFault { what });
             }
+        }
+        // Claims without an rw hook take the mapping away, not the access.
+        for segments in &mut regions {
+            segments.retain(|segment| claims[segment.claim].has_rw);
         }
         Ok(Self { regions: regions.into_iter().map(Vec::into_boxed_slice).collect() })
     }

@@ -60,6 +60,13 @@ pub enum OpenError {
     Malformed { plugin: String, device: String, what: String },
     #[error("plug-in {plugin} serves {limit} devices already, which is its limit")]
     TooMany { plugin: String, limit: u32 },
+    /// Try again: a plug-in that matches the device is not ready yet, and nobody before it claims the device.
+    #[error("plug-in {plugin}, which matches {device}, is being registered")]
+    Registering { plugin: String, device: String },
+    /// A plug-in that matches the device is on its way out, and nobody else claims the device. Without it the device would
+    /// not be mediated; once it is gone that is what an open asks for.
+    #[error("plug-in {plugin}, which matches {device}, is being unregistered")]
+    Withdrawn { plugin: String, device: String },
     /// The registry was shut down.
     #[error("the host is shutting down")]
     ShuttingDown,
@@ -71,7 +78,8 @@ impl OpenError {
             Self::Probe { errno, .. } | Self::Open { errno, .. } => *errno,
             Self::Malformed { .. } => Errno::PROTO,
             Self::TooMany { .. } => Errno::USERS,
-            Self::ShuttingDown => Errno::NODEV,
+            Self::Registering { .. } => Errno::AGAIN,
+            Self::Withdrawn { .. } | Self::ShuttingDown => Errno::NODEV,
         }
     }
 }

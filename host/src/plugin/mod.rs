@@ -8,14 +8,14 @@
 //!  file -> elf::check -> sealed copy -> dlopen -> entry and layout checked = Library
 //!  Library -> Registry::register (init) -> PUBLISHED -> unregister -> DRAINING -> last device closed -> RETIRED
 //! ```
-//! Locks: the registry's list (leaf; never held across a call into a plug-in).
+//! Locks: the roster's (a leaf; never held across a call into a plug-in).
 
 mod calls;
 mod elf;
 mod error;
 mod ffi;
-mod references;
 mod registry;
+mod roster;
 mod tables;
 
 pub use calls::{

@@ -1,34 +1,36 @@
 //! The registry: which plug-ins there are, who uses them, and when one may retire.
 //!
-//! **Owns** publication and references. **Must never** hold its lock across a call into a plug-in, count a reference that
-//! was not taken, or let anything of a plug-in run after `retire`.
+//! **Owns** publication and references (the protocol is `roster`'s). **Must never** hold a lock across a call into a plug-in,
+//! count a reference that was not taken, or let anything of a plug-in run after `retire`.
 //!
 //! ```text
-//!  register: init -> published (one push under the lock) ---- unregister ---> draining -- last device closed --> retired
-//!                                    ^                                          |
-//!                              open: take, probe, open, hand out          deadline passed: Busy, still draining
+//!  register: place taken -> init -> published (one step) --- unregister ---> draining -- last device closed --> retired
+//!                                       ^                                       |
+//!               open: held, probed, seated, opened, handed out         deadline passed: Busy, still draining
 //! ```
-//! References of one plug-in: each open device, and each probe or open in flight. The last one to be given back after
-//! unregistration retires the plug-in, on the thread that gives it back, once.
+//! References of one plug-in: each open device, and each probe in flight. The last one to be given back after
+//! unregistration retires the plug-in, on the thread that gives it back, once. `retire` has no deadline: a plug-in that
+//! hangs there hangs its thread.
 //!
-//! Rules: plug-ins are asked in the order of registration; the first that claims a device has it. Two versions of one name may be
-//! registered (the older first, so it keeps what it matches until it is unregistered); the same name and version twice may not.
-//! A plug-in that is registered later affects only later opens.
+//! Rules: plug-ins are asked in the order in which they were registered; the first that claims a device has it. Two versions
+//! of one name may be registered (the older one first, so it keeps what it matches until it is unregistered; from then on the
+//! newer one gets it); the same name and version twice may not. A plug-in that is registered later affects only later opens.
+//! A device is passed through plainly only when nobody who is registered could have wanted it: one that matches a plug-in in
+//! the middle of its registration is EAGAIN, one that matches a plug-in being unregistered is ENODEV.
+//!
+//! A registry that is dropped without [`Registry::shutdown`] retires nobody.
 
-use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::calls::{HostCalls, ProbeIdentity};
 use super::error::{OpenError, RegisterError, UnregisterError};
 use super::ffi::{Globals, Library, OpenDevice, open_device};
-use super::references::{References, Return, Take};
+use super::roster::{Busy, Entry, Hold, Member, Refused, Roster, Standing, Unseated};
 use super::tables::DeviceMatch;
 
-/// One registered plug-in, by number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PluginId(u64);
+pub use super::roster::PluginId;
 
 /// How much one plug-in may be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +42,7 @@ pub struct Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PluginState {
     Published,
-    /// Takes no new devices; retires when the last one is closed
+    /// Takes no new devices; retires when the last one is closed, and is not listed any more then
     Draining,
 }
 
@@ -56,131 +58,109 @@ pub struct PluginInfo {
     pub devices: Vec<String>,
 }
 
-struct Registered {
-    id: PluginId,
+/// Who a plug-in is, known before any of its functions runs.
+#[derive(Debug)]
+pub struct Card {
     info: PluginInfo,
     matches: Vec<DeviceMatch>,
     limits: Limits,
-    globals: Globals,
-    references: Mutex<References>,
-    drained: Condvar,
 }
 
-impl fmt::Debug for Registered {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Registered({} {})", self.info.name, self.info.version)
-    }
-}
-
-#[derive(Debug, Default)]
-struct List {
-    plugins: Vec<Arc<Registered>>,
-    next: u64,
-    shut_down: bool,
-    /// Names and versions whose init is running
-    registering: Vec<(String, String)>,
-}
-
-/// All plug-ins of one host.
-#[derive(Debug, Default)]
-pub struct Registry {
-    list: Mutex<List>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Registry {
-    pub fn new() -> Arc<Self> {
-        Arc::default()
-    }
-
-    /// Runs the plug-in's `init`, then publishes it behind those that are there.
-    pub fn register(&self, library: Library, limits: Limits) -> Result<PluginId, RegisterError> {
-        let key = (library.name().to_owned(), library.version().to_owned());
-        let duplicate = || RegisterError::Duplicate { name: key.0.clone(), version: key.1.clone() };
-        {
-            let mut list = lock(&self.list);
-            if list.shut_down {
-                return Err(RegisterError::ShuttingDown);
-            }
-            let is_key = |info: &PluginInfo| info.name == key.0 && info.version == key.1;
-            if list.registering.contains(&key) || list.plugins.iter().any(|plugin| is_key(&plugin.info)) {
-                return Err(duplicate());
-            }
-            list.registering.push(key.clone());
-        }
-        let globals = Globals::init(&library);
-        let mut list = lock(&self.list);
-        list.registering.retain(|other| *other != key);
-        let globals = globals.map_err(|errno| RegisterError::Init { name: key.0.clone(), errno })?;
-        if list.shut_down {
-            drop(list);
-            globals.retire();
-            return Err(RegisterError::ShuttingDown);
-        }
-        let id = PluginId(list.next);
-        list.next += 1;
+impl Card {
+    fn new(library: &Library, limits: Limits) -> Self {
         let info = PluginInfo {
-            name: key.0,
-            version: key.1,
+            name: library.name().to_owned(),
+            version: library.version().to_owned(),
             vendor: library.vendor().to_owned(),
             path: library.path().to_owned(),
             state: PluginState::Published,
             devices: Vec::new(),
         };
-        let plugin = Registered {
-            id,
-            info,
-            matches: library.matches().to_vec(),
-            limits,
-            globals,
-            references: Mutex::new(References::default()),
-            drained: Condvar::new(),
+        Self { info, matches: library.matches().to_vec(), limits }
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        self.info.name == other.info.name && self.info.version == other.info.version
+    }
+
+    fn wants(&self, identity: &ProbeIdentity<'_>) -> bool {
+        self.matches.iter().any(|wanted| wanted.matches(identity))
+    }
+
+    pub fn info(&self) -> &PluginInfo {
+        &self.info
+    }
+
+    fn busy(&self, busy: Busy) -> UnregisterError {
+        UnregisterError::Busy { plugin: self.info.name.clone(), holders: busy.0 }
+    }
+}
+
+impl Member for Globals {
+    fn retire(&self) {
+        Globals::retire(self);
+    }
+}
+
+/// Keeps a plug-in from retiring: an open device's, or a probe's.
+pub type Reference = Hold<Card, Globals>;
+
+/// All plug-ins of one host.
+#[derive(Debug)]
+pub struct Registry {
+    roster: Arc<Roster<Card, Globals>>,
+}
+
+impl Registry {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { roster: Roster::new() })
+    }
+
+    /// Runs the plug-in's `init` on this thread, then publishes it behind those whose registration began before. When
+    /// `init` fails nothing else of the plug-in is called.
+    pub fn register(&self, library: Library, limits: Limits) -> Result<PluginId, RegisterError> {
+        let card = Arc::new(Card::new(&library, limits));
+        let (name, version) = (card.info.name.clone(), card.info.version.clone());
+        let refused = |refused| match refused {
+            Refused::Duplicate => RegisterError::Duplicate { name: name.clone(), version: version.clone() },
+            Refused::Closed => RegisterError::ShuttingDown,
         };
-        list.plugins.push(Arc::new(plugin));
+        let id = self.roster.reserve(card, Card::is_same).map_err(refused)?;
+        let globals = Globals::init(&library).map_err(|errno| {
+            self.roster.abandon(id);
+            RegisterError::Init { name: name.clone(), errno }
+        })?;
+        self.roster.publish(id, globals).map_err(refused)?;
+        tracing::info!(plugin = name, version, path = %library.path().display(), "plug-in registered");
+        if library.panic_aborts() {
+            tracing::warn!(plugin = name, "a panic of this plug-in ends the process: it was built with panic=abort");
+        }
         Ok(id)
     }
 
-    /// The plug-in takes no new devices from now on. Waits until those that it has are closed, then it is retired. On
+    /// The plug-in takes no new devices from now on. Waits until those that it has are closed and it is retired. On
     /// `Busy` it stays draining: it retires when its last device is closed, and may be unregistered again to wait for it.
     pub fn unregister(&self, id: PluginId, deadline: Instant) -> Result<(), UnregisterError> {
-        let plugin = {
-            let list = lock(&self.list);
-            list.plugins.iter().find(|plugin| plugin.id == id).cloned().ok_or(UnregisterError::Unknown)?
-        };
-        if lock(&plugin.references).withdraw() {
-            plugin.retire();
+        let listed = self.roster.list().into_iter().find(|entry| entry.id == id).ok_or(UnregisterError::Unknown)?;
+        if !self.roster.withdraw(id) {
+            return Err(UnregisterError::Unknown);
         }
-        let result = plugin.wait_retired(deadline);
-        if result.is_ok() {
-            lock(&self.list).plugins.retain(|other| other.id != id);
-        }
-        result
+        self.roster.wait_gone(id, deadline).map_err(|busy| listed.card.busy(busy))
     }
 
-    /// Unregisters everything, and refuses registrations and opens from now on.
+    /// Unregisters everything, and refuses registrations and opens from now on. `Busy` names one plug-in that is left;
+    /// all the others that could retire have.
     pub fn shutdown(&self, deadline: Instant) -> Result<(), UnregisterError> {
-        let plugins: Vec<PluginId> = {
-            let mut list = lock(&self.list);
-            list.shut_down = true;
-            list.plugins.iter().map(|plugin| plugin.id).collect()
-        };
-        let mut result = Ok(());
-        for id in plugins {
-            match self.unregister(id, deadline) {
-                // Somebody else unregistered it meanwhile.
-                Ok(()) | Err(UnregisterError::Unknown) => {}
-                Err(busy) => result = Err(busy),
-            }
+        for id in self.roster.close() {
+            // False: somebody else unregistered it meanwhile.
+            let _was_there = self.roster.withdraw(id);
         }
-        result
+        self.roster.wait_empty(deadline).map_err(|(card, busy)| card.busy(busy))
     }
 
+    /// What is published or draining, in order.
     pub fn list(&self) -> Vec<PluginInfo> {
-        let plugins = lock(&self.list).plugins.clone();
-        plugins.iter().map(|plugin| plugin.info_now()).collect()
+        self.roster.list().into_iter().filter_map(info_of).collect()
     }
 
     /// Asks the plug-ins that match, in order; the first that claims the device opens it. `Ok(None)`: nobody did.
@@ -189,85 +169,58 @@ impl Registry {
         identity: &ProbeIdentity<'_>,
         calls: Arc<dyn HostCalls>,
     ) -> Result<Option<OpenDevice>, OpenError> {
-        let plugins = {
-            let list = lock(&self.list);
-            if list.shut_down {
-                return Err(OpenError::ShuttingDown);
-            }
-            list.plugins.clone()
-        };
-        for plugin in plugins {
-            if !plugin.matches.iter().any(|wanted| wanted.matches(identity)) {
-                continue;
-            }
-            let limit = plugin.limits.devices_max;
-            // Taken before `probe` runs, given back by the reference's drop on every way out.
-            let reference = match lock(&plugin.references).take(identity.name, limit) {
-                Take::Taken(number) => {
-                    DeviceReference { plugin: Arc::clone(&plugin), info: plugin.info.clone(), number }
+        let mut asked = self.roster.survey().map_err(|_| OpenError::ShuttingDown)?;
+        asked.retain(|entry| entry.card.wants(identity));
+        let device = identity.name;
+        let mut not_asked = None;
+        for (position, entry) in asked.iter().enumerate() {
+            let (name, limits) = (&entry.card.info.name, entry.card.limits);
+            let (plugin, device_name) = (name.clone(), device.to_owned());
+            // A hold is given back on every way out; what became a device's goes into the OpenDevice.
+            let hold = match entry.standing {
+                Standing::Published => self.roster.hold(entry.id, device),
+                Standing::Registering => {
+                    not_asked = Some(OpenError::Registering { plugin, device: device_name });
+                    continue;
                 }
-                Take::Withdrawn => continue,
-                Take::Full => return Err(OpenError::TooMany { plugin: plugin.info.name.clone(), limit }),
+                Standing::Withdrawn => None,
             };
-            match plugin.globals.probe(identity) {
-                Ok(true) => return open_device(&plugin.globals, identity, calls, reference).map(Some),
-                Ok(false) => {}
-                Err(errno) => {
-                    let (plugin, device) = (plugin.info.name.clone(), identity.name.to_owned());
-                    return Err(OpenError::Probe { plugin, device, errno });
+            let withdrawn = |plugin, device| OpenError::Withdrawn { plugin, device };
+            let Some(hold) = hold else {
+                not_asked.get_or_insert(withdrawn(plugin, device_name));
+                continue;
+            };
+            match hold.member().probe(identity) {
+                Ok(true) => {}
+                Ok(false) => {
+                    tracing::info!(plugin, device, "plug-in declines the device");
+                    continue;
                 }
+                Err(errno) => return Err(OpenError::Probe { plugin, device: device_name, errno }),
             }
-        }
-        Ok(None)
-    }
-}
-
-impl Registered {
-    fn info_now(&self) -> PluginInfo {
-        let references = lock(&self.references);
-        let state = if references.is_withdrawn() { PluginState::Draining } else { PluginState::Published };
-        PluginInfo { state, devices: references.holders(), ..self.info.clone() }
-    }
-
-    /// Called by whoever was told to: once, with no reference left and no lock held.
-    fn retire(&self) {
-        self.globals.retire();
-        lock(&self.references).retired();
-        self.drained.notify_all();
-    }
-
-    fn wait_retired(&self, deadline: Instant) -> Result<(), UnregisterError> {
-        let mut references = lock(&self.references);
-        while !references.is_retired() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(UnregisterError::Busy { plugin: self.info.name.clone(), holders: references.holders() });
+            match hold.seat(limits.devices_max) {
+                Ok(()) => {}
+                Err(Unseated::Withdrawn) => {
+                    not_asked.get_or_insert(withdrawn(plugin, device_name));
+                    continue;
+                }
+                Err(Unseated::Full) => return Err(OpenError::TooMany { plugin, limit: limits.devices_max }),
             }
-            references = self.drained.wait_timeout(references, left).unwrap_or_else(PoisonError::into_inner).0;
+            let opened = open_device(identity, calls, hold)?;
+            // Once per open, which is the operator's doing.
+            let others: Vec<&str> = asked[position + 1..].iter().map(|other| &*other.card.info.name).collect();
+            tracing::info!(plugin, device, also_matching = ?others, "plug-in mediates the device");
+            return Ok(Some(opened));
         }
-        Ok(())
+        not_asked.map_or(Ok(None), Err)
     }
 }
 
-/// Keeps a plug-in from retiring.
-#[derive(Debug)]
-pub struct DeviceReference {
-    plugin: Arc<Registered>,
-    info: PluginInfo,
-    number: u64,
-}
-
-impl DeviceReference {
-    pub fn plugin(&self) -> &PluginInfo {
-        &self.info
-    }
-}
-
-impl Drop for DeviceReference {
-    fn drop(&mut self) {
-        let returned = lock(&self.plugin.references).give_back(self.number);
-        if returned == Return::Last {
-            self.plugin.retire();
-        }
-    }
+fn info_of(entry: Entry<Card>) -> Option<PluginInfo> {
+    let state = match entry.standing {
+        Standing::Registering => return None,
+        Standing::Published => PluginState::Published,
+        Standing::Withdrawn => PluginState::Draining,
+    };
+    Some(PluginInfo { state, devices: entry.devices, ..entry.card.info.clone() })
 }

@@ -51,7 +51,9 @@ pub enum Command {
     /// Show a running host: whose guest it is, devices, plug-ins, the last migration
     Status(ControlArgs),
     /// Give up the migration under way; the guest stays where it is
-    #[command(after_help = "Past the commit point a migration cannot be given up: `migrate` then ends as it would have.")]
+    #[command(
+        after_help = "Past the commit point a migration cannot be given up: `migrate` then ends as it would have."
+    )]
     Cancel(ControlArgs),
     /// Say where the guest of a migration in doubt runs
     #[command(after_help = RESOLVE)]

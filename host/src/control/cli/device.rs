@@ -138,7 +138,8 @@ fn describe(device: &dyn Device) -> Value {
 fn capability(capability: &RegionCapability) -> String {
     match capability {
         RegionCapability::SparseMmap(areas) => {
-            let areas: Vec<String> = areas.iter().map(|area| format!("{:#x}+{:#x}", area.offset, area.length)).collect();
+            let areas: Vec<String> =
+                areas.iter().map(|area| format!("{:#x}+{:#x}", area.offset, area.length)).collect();
             format!("sparse mmap {}", areas.join(" "))
         }
         RegionCapability::Type { type_, subtype } => format!("type {type_:#x}/{subtype:#x}"),
@@ -152,7 +153,12 @@ const IRQ_NAMES: [&str; 5] = ["INTx", "MSI", "MSI-X", "error", "request"];
 
 fn region_flags(flags: u64) -> String {
     // VFIO_REGION_INFO_FLAG_READ, _WRITE, _MMAP
-    [(1, "read"), (2, "write"), (4, "mmap")].iter().filter(|(bit, _)| flags & bit != 0).map(|(_, name)| *name).collect::<Vec<_>>().join(" ")
+    [(1, "read"), (2, "write"), (4, "mmap")]
+        .iter()
+        .filter(|(bit, _)| flags & bit != 0)
+        .map(|(_, name)| *name)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 fn told(shown: &Value) -> Vec<String> {
@@ -160,7 +166,10 @@ fn told(shown: &Value) -> Vec<String> {
     let list = |name: &str| shown.get(name).and_then(Value::as_array).cloned().unwrap_or_default();
     let number = |value: &Value, name: &str| value.get(name).and_then(Value::as_u64).unwrap_or(0);
     let named = |names: &[&str], index: u64| {
-        usize::try_from(index).ok().and_then(|index| names.get(index)).map_or(format!("index {index}"), |name| (*name).to_owned())
+        usize::try_from(index)
+            .ok()
+            .and_then(|index| names.get(index))
+            .map_or(format!("index {index}"), |name| (*name).to_owned())
     };
     let mut lines = vec![
         format!("{} ({})", text("name"), text("opened")),
@@ -168,7 +177,11 @@ fn told(shown: &Value) -> Vec<String> {
     ];
     for region in list("regions") {
         let name = named(&REGION_NAMES, number(&region, "index"));
-        lines.push(format!("  region    {name}: {:#x} bytes, {}", number(&region, "size"), region_flags(number(&region, "flags"))));
+        lines.push(format!(
+            "  region    {name}: {:#x} bytes, {}",
+            number(&region, "size"),
+            region_flags(number(&region, "flags"))
+        ));
         for capability in region.get("capabilities").and_then(Value::as_array).into_iter().flatten() {
             lines.push(format!("            {}", capability.as_str().unwrap_or("?")));
         }
@@ -176,7 +189,8 @@ fn told(shown: &Value) -> Vec<String> {
     for irq in list("irqs") {
         lines.push(format!("  irq       {}: {}", named(&IRQ_NAMES, number(&irq, "index")), number(&irq, "count")));
     }
-    let joined = |name: &str| list(name).iter().filter_map(|v| v.as_str().map(str::to_owned)).collect::<Vec<_>>().join(" ");
+    let joined =
+        |name: &str| list(name).iter().filter_map(|v| v.as_str().map(str::to_owned)).collect::<Vec<_>>().join(" ");
     if !list("features").is_empty() {
         lines.push(format!("  features  {}", joined("features")));
     }
@@ -193,7 +207,8 @@ fn told(shown: &Value) -> Vec<String> {
     let verdict = shown.get("migration").cloned().unwrap_or_default();
     let flag = |name: &str| verdict.get(name).and_then(Value::as_bool).unwrap_or(false);
     lines.push(if flag("possible") {
-        let options = [("pre_copy", "pre-copy"), ("p2p", "P2P")].iter().filter(|(key, _)| flag(key)).map(|(_, name)| *name);
+        let options =
+            [("pre_copy", "pre-copy"), ("p2p", "P2P")].iter().filter(|(key, _)| flag(key)).map(|(_, name)| *name);
         let options = options.collect::<Vec<_>>();
         let options = if options.is_empty() { String::new() } else { format!(" ({})", options.join(", ")) };
         format!("  migration possible{options}")

@@ -12,8 +12,9 @@ use crate::migration::wire::MigrationId;
 
 pub(super) fn run(args: &ResolveArgs, json: bool) -> Result<Exit, CliError> {
     let run = if args.run.run_here { Run::Here } else { Run::There };
-    let id = MigrationId::parse(&args.id)
-        .ok_or_else(|| CliError::new(Exit::Usage, format!("--id {}: 32 hexadecimal digits, as `status` shows them", args.id)))?;
+    let id = MigrationId::parse(&args.id).ok_or_else(|| {
+        CliError::new(Exit::Usage, format!("--id {}: 32 hexadecimal digits, as `status` shows them", args.id))
+    })?;
     let note = match &args.state_dir {
         Some(folder) => in_journal(folder, id, run)?,
         None => Client::connect(&args.control.control)?.resolve(&id.to_string(), run)?,

@@ -47,7 +47,11 @@ pub(super) fn run(args: RunArgs, json: bool) -> Result<Exit, CliError> {
         print_json(&json!({ "ready": { "pid": std::process::id(), "control": server.path(), "listen": listen } }))?;
     } else {
         let waits = listen.map_or(String::new(), |address| format!(", waits for a guest at {address}"));
-        print_line(&format!("ready: process {}, control socket {}{waits}", std::process::id(), server.path().display()))?;
+        print_line(&format!(
+            "ready: process {}, control socket {}{waits}",
+            std::process::id(),
+            server.path().display()
+        ))?;
     }
     // Every sender lives as long as this wait, so that it ends by a message.
     let why = ended.recv().unwrap_or(Why::Asked);

@@ -37,7 +37,8 @@ fn told(status: &Status) -> Vec<String> {
         lines.push(format!("          see `vfio-mediate resolve --help`; --id {}", doubt.id));
     }
     for device in &status.devices {
-        let by = device.plugin.as_ref().map_or("no plug-in".to_owned(), |p| format!("plug-in {} {}", p.name, p.version));
+        let by =
+            device.plugin.as_ref().map_or("no plug-in".to_owned(), |p| format!("plug-in {} {}", p.name, p.version));
         lines.push(format!("device    {} ({}, {}), {}, {by}", device.name, device.id, device.backend, device.state));
         if let Some(why) = &device.unmigratable {
             lines.push(format!("          cannot be migrated: {why}"));

@@ -197,7 +197,7 @@ pub struct Gate {
     state: AtomicU32,
     #[cfg(not(loom))]
     fence: AsymmetricFence,
-    slots: Box<[Slot; OWN_SLOTS + 1]>,
+    slots: [Slot; OWN_SLOTS + 1],
     turn: Mutex<Turn>,
     /// A pass was left while draining, or a turn ended
     changed: Condvar,
@@ -210,7 +210,7 @@ impl Gate {
             state: AtomicU32::new(reason as u32),
             #[cfg(not(loom))]
             fence: AsymmetricFence::get(),
-            slots: Box::new(std::array::from_fn(|_| Slot(AtomicU32::new(0)))),
+            slots: std::array::from_fn(|_| Slot(AtomicU32::new(0))),
             turn: Mutex::new(Turn { taken: false }),
             changed: Condvar::new(),
         }

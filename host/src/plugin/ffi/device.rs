@@ -8,23 +8,27 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 
 use rustix::io::Errno;
+use vfio_bindings::bindings::vfio::{
+    VFIO_IRQ_INFO_AUTOMASKED, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE, VFIO_IRQ_INFO_NORESIZE,
+    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+};
 use vfio_mediate_sdk::abi::{self, Opaque};
-use vfio_mediate_sdk::state::{DeviceState, MigrationFlags};
+use vfio_mediate_sdk::state::MigrationFlags;
 
 use super::services::with_context;
-use super::{copy_sized, entries, errno, status};
+use super::{copy_sized, copy_whole, entries, errno, status};
 use crate::plugin::calls::{
-    ArcFailed, CallFrame, HostCalls, IrqRequest, IrqRequestData, MmapAnswer, Origin, PluginDirty, PluginMigration,
-    ProbeIdentity, Refusal, Saved, Verdict,
+    CallFrame, HostCalls, IrqRequest, IrqRequestData, MmapAnswer, Origin, PluginDirty, PluginMigration, ProbeIdentity,
+    Verdict,
 };
 use crate::plugin::error::OpenError;
-use crate::plugin::registry::{DeviceReference, PluginInfo};
+use crate::plugin::registry::{PluginInfo, Reference};
 use crate::plugin::tables::{Claim, Exactness, ExtraIrq, ExtraRegion, IrqClaim, check_overlap};
 
-/// Most bytes of match data.
-const MATCH_DATA_MAX: usize = 64 * 1024;
-/// Most bytes of a refusal's reason.
-const REASON_MAX: usize = 1024;
+/// Largest region that a plug-in may add, in bytes: what VFIO's file offsets have room for.
+const EXTRA_SIZE_MAX: u64 = 1 << 40;
+/// Most vectors of an irq index that a plug-in adds: as many as MSI-X has.
+const EXTRA_VECTORS_MAX: u32 = 2048;
 
 /// One claim's hooks, and what they are handed.
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +52,7 @@ pub struct OpenDevice {
     extra_irqs: Vec<ExtraIrq>,
     calls: Arc<dyn HostCalls>,
     /// Last: given back after `close` has returned
-    reference: DeviceReference,
+    reference: Reference,
 }
 
 // SAFETY: the raw pointers are the plug-in's own or point at tables that live until `close`; the ABI says that hooks may
@@ -59,7 +63,7 @@ unsafe impl Sync for OpenDevice {}
 
 impl fmt::Debug for OpenDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "OpenDevice({}, {} claims)", self.reference.plugin().name, self.claims.len())
+        write!(f, "OpenDevice({}, {} claims)", self.reference.card().info().name, self.claims.len())
     }
 }
 
@@ -128,14 +132,14 @@ impl Globals {
     }
 }
 
-/// Opens a claimed device. On an error nothing stays open in the plug-in.
+/// Opens a claimed device. On an error nothing stays open in the plug-in, and the reference is given back.
 pub fn open_device(
-    globals: &Globals,
     identity: &ProbeIdentity<'_>,
     calls: Arc<dyn HostCalls>,
-    reference: DeviceReference,
+    reference: Reference,
 ) -> Result<OpenDevice, OpenError> {
-    let plugin = reference.plugin().name.clone();
+    let globals = *reference.member();
+    let plugin = reference.card().info().name.clone();
     let failed = |errno| OpenError::Open { plugin: plugin.clone(), device: identity.name.to_owned(), errno };
     let Some(open) = globals.table.open else { return Err(failed(Errno::NOSYS)) };
     // SAFETY: integers and pointers only; the ABI says that `open` finds the structure zeroed.
@@ -175,17 +179,16 @@ impl OpenDevice {
         // SAFETY: lists that `open` returned live until `close`; each is checked as it is read.
         unsafe {
             for claim in entries(ops.regions, ops.region_count, "region claims")? {
-                self.read_claim(&copy_sized(claim, "a region claim")?, identity)?;
+                self.read_claim(&copy_whole(claim, "a region claim")?, identity)?;
             }
             for claim in entries(ops.irqs, ops.irq_count, "irq claims")? {
-                self.read_irq_claim(&copy_sized(claim, "an irq claim")?, identity)?;
+                self.read_irq_claim(&copy_whole(claim, "an irq claim")?, identity)?;
             }
             for extra in entries(ops.extra_regions, ops.extra_region_count, "extra regions")? {
-                self.read_extra_region(&copy_sized(extra, "an extra region")?)?;
+                self.read_extra_region(&copy_whole(extra, "an extra region")?)?;
             }
             for extra in entries(ops.extra_irqs, ops.extra_irq_count, "extra irqs")? {
-                let extra = copy_sized(extra, "an extra irq")?;
-                self.extra_irqs.push(ExtraIrq { flags: extra.flags, count: extra.count });
+                self.read_extra_irq(&copy_whole(extra, "an extra irq")?)?;
             }
             if !ops.migration.is_null() {
                 self.read_migration(copy_sized(ops.migration, "the migration table")?)?;
@@ -205,7 +208,7 @@ impl OpenDevice {
             return Err(format!("{at}: the device has {} regions", identity.num_regions));
         }
         if raw.length == 0 || raw.offset.checked_add(raw.length).is_none() {
-            return Err(format!("{at}: a length of {:#x}", raw.length));
+            return Err(format!("{at}: a length of {:#x} makes no range", raw.length));
         }
         if raw.maps == 0 || raw.maps & !(abi::MAP_NORMAL | abi::MAP_TRACKING) != 0 {
             return Err(format!("{at}: maps {:#x}", raw.maps));
@@ -263,8 +266,11 @@ impl OpenDevice {
         if hooks.rw.is_none() {
             return Err("an extra region has no rw hook, and there is no device behind it".into());
         }
-        if raw.size == 0 {
-            return Err("an extra region of no bytes".into());
+        if raw.size == 0 || raw.size > EXTRA_SIZE_MAX {
+            return Err(format!("an extra region of {:#x} bytes", raw.size));
+        }
+        if raw.flags & !(VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE) != 0 {
+            return Err(format!("an extra region with flags {:#x}", raw.flags));
         }
         self.extra_regions.push(ExtraRegion {
             flags: raw.flags,
@@ -274,6 +280,16 @@ impl OpenDevice {
             has_mmap: hooks.mmap.is_some(),
         });
         self.extra_hooks.push(Hooked { hooks, data: raw.data });
+        Ok(())
+    }
+
+    fn read_extra_irq(&mut self, raw: &abi::ExtraIrq) -> Result<(), String> {
+        const FLAGS: u32 =
+            VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE | VFIO_IRQ_INFO_AUTOMASKED | VFIO_IRQ_INFO_NORESIZE;
+        if raw.count == 0 || raw.count > EXTRA_VECTORS_MAX || raw.flags & !FLAGS != 0 {
+            return Err(format!("an extra irq of {} vectors with flags {:#x}", raw.count, raw.flags));
+        }
+        self.extra_irqs.push(ExtraIrq { flags: raw.flags, count: raw.count });
         Ok(())
     }
 
@@ -300,7 +316,7 @@ impl OpenDevice {
     }
 
     pub fn plugin(&self) -> &PluginInfo {
-        self.reference.plugin()
+        self.reference.card().info()
     }
 
     pub fn claims(&self) -> &[Claim] {
@@ -319,7 +335,11 @@ impl OpenDevice {
         &self.extra_irqs
     }
 
-    fn call(&self, frame: CallFrame<'_>, call: impl FnOnce(*const abi::CallContext) -> i32) -> i32 {
+    pub(super) fn state(&self) -> Opaque {
+        self.state
+    }
+
+    pub(super) fn call(&self, frame: CallFrame<'_>, call: impl FnOnce(*const abi::CallContext) -> i32) -> i32 {
         with_context(&*self.calls, frame, call)
     }
 
@@ -502,139 +522,5 @@ fn verdict(code: i32) -> Verdict {
         abi::VERDICT_HANDLED => Verdict::Handled,
         abi::VERDICT_FORWARD => Verdict::Forward,
         code => Verdict::Deny(errno(code)),
-    }
-}
-
-impl PluginMigration<'_> {
-    pub fn flags(&self) -> MigrationFlags {
-        self.flags
-    }
-
-    /// At most 64 KiB that describe the device for the other side.
-    pub fn match_data(&self, frame: CallFrame<'_>) -> Result<Vec<u8>, Errno> {
-        let Some(function) = self.ops.match_data else { return Ok(Vec::new()) };
-        let mut buffer = vec![0; MATCH_DATA_MAX];
-        let mut length = 0;
-        let (state, data) = (self.device.state, buffer.as_mut_ptr());
-        // SAFETY: a function of the tables that `open` returned; the buffer has the capacity that it is told.
-        status(self.device.call(frame, |ctx| unsafe { function(state, ctx, data, MATCH_DATA_MAX, &raw mut length) }))?;
-        if length > MATCH_DATA_MAX {
-            return Err(Errno::PROTO);
-        }
-        buffer.truncate(length);
-        Ok(buffer)
-    }
-
-    /// Whether the other side's device can go on here. `Ok(None)`: the plug-in does not compare; equal data are required.
-    pub fn check_match(&self, frame: CallFrame<'_>, theirs: &[u8]) -> Result<(), Refusal> {
-        let Some(function) = self.ops.check_match else {
-            let ours = self.match_data(frame).map_err(|errno| Refusal { errno, reason: "no match data".into() })?;
-            let reason = "the two devices describe themselves differently".to_owned();
-            return if ours == theirs { Ok(()) } else { Err(Refusal { errno: Errno::OPNOTSUPP, reason }) };
-        };
-        let mut text = vec![0; REASON_MAX];
-        let mut reason = abi::Reason { text: text.as_mut_ptr(), capacity: REASON_MAX, length: 0 };
-        let (state, data, length) = (self.device.state, theirs.as_ptr(), theirs.len());
-        // SAFETY: as above; data and reason outlive the call.
-        let code = self.device.call(frame, |ctx| unsafe { function(state, ctx, data, length, &raw mut reason) });
-        status(code).map_err(|errno| {
-            text.truncate(reason.length.min(REASON_MAX));
-            let reason: String = String::from_utf8_lossy(&text).chars().filter(|c| !c.is_control()).collect();
-            Refusal { errno, reason }
-        })
-    }
-
-    /// One arc.
-    pub fn set_state(&self, frame: CallFrame<'_>, from: DeviceState, to: DeviceState) -> Result<(), ArcFailed> {
-        let Some(function) = self.ops.set_state else { return Err(ArcFailed { errno: Errno::NOSYS, actual: from }) };
-        let (state, mut actual) = (self.device.state, from.raw());
-        // SAFETY: as above.
-        let code =
-            self.device.call(frame, |ctx| unsafe { function(state, ctx, from.raw(), to.raw(), &raw mut actual) });
-        // A state that does not exist is not believed: the device must be reset.
-        status(code)
-            .map_err(|errno| ArcFailed { errno, actual: DeviceState::from_raw(actual).unwrap_or(DeviceState::Error) })
-    }
-
-    /// The next bytes of the state.
-    pub fn save(&self, frame: CallFrame<'_>, buffer: &mut [u8]) -> Result<Saved, Errno> {
-        let Some(function) = self.ops.save else { return Err(Errno::NOSYS) };
-        let (state, data, capacity, mut bytes) = (self.device.state, buffer.as_mut_ptr(), buffer.len(), 0);
-        // SAFETY: as above; the buffer has the capacity that it is told.
-        let code = self.device.call(frame, |ctx| unsafe { function(state, ctx, data, capacity, &raw mut bytes) });
-        let end = match code {
-            abi::SAVE_MORE => false,
-            abi::SAVE_END => true,
-            code => return Err(errno(code)),
-        };
-        if bytes > capacity {
-            return Err(Errno::PROTO);
-        }
-        Ok(Saved { bytes, end })
-    }
-
-    pub fn load(&self, frame: CallFrame<'_>, bytes: &[u8]) -> Result<(), Errno> {
-        let Some(function) = self.ops.load else { return Err(Errno::NOSYS) };
-        let (state, data, length) = (self.device.state, bytes.as_ptr(), bytes.len());
-        // SAFETY: as above.
-        status(self.device.call(frame, |ctx| unsafe { function(state, ctx, data, length) }))
-    }
-
-    /// What is left; unknown is `u64::MAX`.
-    pub fn remaining(&self, frame: CallFrame<'_>) -> Result<abi::Remaining, Errno> {
-        let mut remaining = abi::Remaining {
-            struct_size: size_of::<abi::Remaining>() as u32,
-            reserved: 0,
-            initial_bytes: u64::MAX,
-            dirty_bytes: u64::MAX,
-            stop_copy_bytes: u64::MAX,
-        };
-        let Some(function) = self.ops.remaining else { return Ok(remaining) };
-        let state = self.device.state;
-        // SAFETY: as above.
-        status(self.device.call(frame, |ctx| unsafe { function(state, ctx, &raw mut remaining) }))?;
-        Ok(remaining)
-    }
-}
-
-impl PluginDirty<'_> {
-    pub fn exactness(&self) -> Exactness {
-        self.exactness
-    }
-
-    pub fn start(&self, frame: CallFrame<'_>, ranges: &[abi::IovaRange], page_size: u64) -> Result<(), Errno> {
-        let Some(function) = self.ops.start else { return Err(Errno::NOSYS) };
-        let (state, first, count) = (self.device.state, ranges.as_ptr(), ranges.len());
-        // SAFETY: as above.
-        status(self.device.call(frame, |ctx| unsafe { function(state, ctx, first, count, page_size) }))
-    }
-
-    /// Sets bits of `bitmap`, which must hold a bit for each page of the range.
-    pub fn report(
-        &self,
-        frame: CallFrame<'_>,
-        iova: u64,
-        length: u64,
-        page_size: u64,
-        bitmap: &mut [u64],
-    ) -> Result<(), Errno> {
-        let Some(function) = self.ops.report else { return Err(Errno::NOSYS) };
-        let pages = length.checked_div(page_size).ok_or(Errno::INVAL)?;
-        if (bitmap.len() as u64) < pages.div_ceil(64) || !length.is_multiple_of(page_size) {
-            return Err(Errno::INVAL);
-        }
-        let (state, words) = (self.device.state, bitmap.as_mut_ptr());
-        // SAFETY: as above; the bitmap has a bit for each page.
-        status(self.device.call(frame, |ctx| unsafe { function(state, ctx, iova, length, page_size, words) }))
-    }
-
-    pub fn stop(&self, frame: CallFrame<'_>) {
-        let Some(function) = self.ops.stop else { return };
-        let state = self.device.state;
-        self.device.call(frame, |ctx| {
-            // SAFETY: as above.
-            unsafe { function(state, ctx) };
-            0
-        });
     }
 }

@@ -1,10 +1,20 @@
-//! A plug-in file, opened and checked. Nothing of the plug-in has run but its library's constructors.
+//! A plug-in file, opened and checked.
+//!
+//! ```text
+//!  read whole -> ELF and export checked -> sealed copy in memory -> linked (constructors run) -> entry, layout, table checked
+//! ```
+//! **Linking runs the library's constructors**, and those of the libraries that it needs: from then on the file's author is
+//! trusted with the process. Whatever can be refused before is refused before; what is refused afterwards stays mapped, with
+//! its copy, for the life of the process (as every library here: it is never unloaded).
+//!
+//! The copy has no folder, so `$ORIGIN` in a library's search path finds nothing: a plug-in links its own parts statically,
+//! or finds them in the system's folders.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use abi_stable::abi_stability::abi_checking::{
@@ -45,9 +55,10 @@ impl Library {
     /// Opens and checks `path`. A file that is cut short, replaced while it is read, or no plug-in at all is an error.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let bytes = read(path)?;
-        elf::check(&bytes).map_err(|what| LoadError::NotALibrary { path: path.to_owned(), what })?;
+        let image = elf::check(&bytes).map_err(|what| LoadError::NotALibrary { path: path.to_owned(), what })?;
+        let size = check_export(&image).map_err(|what| LoadError::NotAPlugin { path: path.to_owned(), what })?;
         let handle = link(path, &bytes)?;
-        Self::inspect(path, &handle)
+        Self::inspect(path, &handle, size)
     }
 
     pub fn path(&self) -> &Path {
@@ -83,17 +94,28 @@ impl Library {
         &self.plugin
     }
 
-    fn inspect(path: &Path, handle: &Handle) -> Result<Self, LoadError> {
+    /// `size`: bytes of the exported entry.
+    fn inspect(path: &Path, handle: &Handle, size: u64) -> Result<Self, LoadError> {
         let not_ours = |what: String| LoadError::NotAPlugin { path: path.to_owned(), what };
         let other_abi = |what: String| LoadError::Abi { path: path.to_owned(), what };
         let malformed = |what: String| LoadError::Malformed { path: path.to_owned(), what };
 
         // SAFETY: the symbol is only turned into a pointer here, and what it points at is checked before it is believed.
-        let symbol = unsafe { handle.get::<*const Entry>(abi::ENTRY_SYMBOL.as_bytes()) }
-            .map_err(|_| not_ours(format!("it does not export {}", abi::ENTRY_SYMBOL)))?;
+        let symbol =
+            unsafe { handle.get::<*const Entry>(abi::ENTRY_SYMBOL.as_bytes()) }.map_err(|_| not_ours(no_entry()))?;
         let entry = symbol.into_raw().cast::<Entry>().cast_const();
-        let entry = read_entry(entry).map_err(not_ours)?;
-        check_version(&entry).map_err(other_abi)?;
+        let start = read_start(entry).map_err(not_ours)?;
+        check_version(&start, size).map_err(other_abi)?;
+        // SAFETY: the symbol has the size of an entry of this ABI, checked just now, and an entry is integers and pointers
+        // only, so that any bytes are one. The library is never unloaded.
+        let entry = unsafe { entry.read() };
+        if entry.plugin.is_null() {
+            return Err(malformed("its entry names no plug-in".into()));
+        }
+        let unknown = entry.flags & !abi::ENTRY_PANIC_ABORTS;
+        if unknown != 0 {
+            return Err(other_abi(format!("its entry has unknown flags {unknown:#x}")));
+        }
         let is_rust = !entry.rust_header.is_null();
         if is_rust {
             check_layout(&entry).map_err(other_abi)?;
@@ -103,10 +125,6 @@ impl Library {
                 entry.fingerprint,
                 layout::ABI_FINGERPRINT
             )));
-        }
-        let unknown = entry.flags & !abi::ENTRY_PANIC_ABORTS;
-        if unknown != 0 {
-            return Err(other_abi(format!("its entry has unknown flags {unknown:#x}")));
         }
         // SAFETY: the entry was checked to be of this ABI, by which `plugin` is a whole structure that lives for ever.
         let plugin = unsafe { copy_sized(entry.plugin, "the plug-in's table") }.map_err(malformed)?;
@@ -130,18 +148,17 @@ impl Library {
 fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
     let fail = |source| LoadError::Read { path: path.to_owned(), source };
     let not = |what: &str| LoadError::NotALibrary { path: path.to_owned(), what: what.to_owned() };
+    let check = |kind: &Metadata| match kind {
+        kind if kind.is_dir() => Err(not("it is a folder")),
+        kind if !kind.is_file() => Err(not("it is not a regular file")),
+        kind if kind.len() > elf::SIZE_MAX => Err(not("it is larger than 256 MiB")),
+        _ => Ok(()),
+    };
+    // Looked at before it is opened, since opening some devices does something; and again, since it may have been replaced.
+    check(&std::fs::metadata(path).map_err(fail)?)?;
     let nonblock = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
     let file = File::options().read(true).custom_flags(nonblock).open(path).map_err(fail)?;
-    let kind = file.metadata().map_err(fail)?;
-    if kind.is_dir() {
-        return Err(not("it is a folder"));
-    }
-    if kind.file_type().is_fifo() || kind.file_type().is_socket() || !kind.is_file() {
-        return Err(not("it is not a regular file"));
-    }
-    if kind.len() > elf::SIZE_MAX {
-        return Err(not("it is larger than 256 MiB"));
-    }
+    check(&file.metadata().map_err(fail)?)?;
     let mut bytes = Vec::new();
     file.take(elf::SIZE_MAX).read_to_end(&mut bytes).map_err(fail)?;
     Ok(bytes)
@@ -151,17 +168,24 @@ fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
 fn link(path: &Path, bytes: &[u8]) -> Result<Handle, LoadError> {
     let fail = |source: std::io::Error| LoadError::Read { path: path.to_owned(), source };
     let size = bytes.len() as u64;
-    let copy = memfd("vfio-mediate plug-in", size, Seal::Open).map_err(fail)?;
+    let copy = memfd(&shown_name(path), size, Seal::Open).map_err(fail)?;
     let mut copy = File::from(copy);
     copy.write_all(bytes).map_err(fail)?;
     crate::sys::seal(&copy, Seal::Contents).map_err(fail)?;
-    // The dynamic linker knows libraries by name: the number must never be another file's, so the fd is never closed.
     let name = format!("/proc/self/fd/{}", copy.as_raw_fd());
-    std::mem::forget(copy);
     // SAFETY: runs the library's constructors, whose author is trusted with the process (invariant 7). The handle's
     // library stays mapped: NODELETE.
-    unsafe { Handle::open(Some(&name), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE) }
-        .map_err(|error| LoadError::Link { path: path.to_owned(), what: linker_said(&error, &name) })
+    let handle = unsafe { Handle::open(Some(&name), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE) }
+        .map_err(|error| LoadError::Link { path: path.to_owned(), what: linker_said(&error, &name) })?;
+    // The dynamic linker knows loaded libraries by name: the number must never be another file's, so it is never closed.
+    std::mem::forget(copy);
+    Ok(handle)
+}
+
+/// What maps, profilers and debuggers show: the file's own name.
+fn shown_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.chars().filter(|c| c.is_ascii_graphic()).take(128).collect()
 }
 
 /// The dynamic linker's own words; libloading's say only that it failed.
@@ -175,36 +199,62 @@ fn linker_said(error: &libloading::Error, name: &str) -> String {
     words.replace(name, "the library").replace('\n', " ")
 }
 
-fn read_entry(entry: *const Entry) -> Result<Entry, String> {
+fn no_entry() -> String {
+    format!("it does not export {}", abi::ENTRY_SYMBOL)
+}
+
+/// The size of the exported entry in bytes; at least its start.
+fn check_export(image: &elf::Image<'_>) -> Result<u64, String> {
+    let export = image.export(abi::ENTRY_SYMBOL).ok_or_else(no_entry)?;
+    if !export.is_data || export.size < size_of::<Start>() as u64 {
+        return Err(format!("its {} is something else", abi::ENTRY_SYMBOL));
+    }
+    Ok(export.size)
+}
+
+/// What an entry of every version begins with.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Start {
+    magic: u64,
+    struct_size: u32,
+    abi_major: u16,
+    abi_minor: u16,
+}
+
+const _: () = {
+    assert!(std::mem::offset_of!(Start, struct_size) == std::mem::offset_of!(Entry, struct_size));
+    assert!(std::mem::offset_of!(Start, abi_major) == std::mem::offset_of!(Entry, abi_major));
+    assert!(std::mem::offset_of!(Start, abi_minor) == std::mem::offset_of!(Entry, abi_minor));
+};
+
+fn read_start(entry: *const Entry) -> Result<Start, String> {
     if entry.is_null() || !entry.is_aligned() {
         return Err(format!("{} is null or misaligned", abi::ENTRY_SYMBOL));
     }
-    // SAFETY: a symbol of a loaded library; its first bytes are readable. An entry is integers and pointers only, so any
-    // bytes are one; the magic number is looked at before the rest.
-    let magic = unsafe { entry.cast::<u64>().read() };
-    if magic != abi::ENTRY_MAGIC {
-        return Err(format!("{} is something else (magic {magic:#018x})", abi::ENTRY_SYMBOL));
+    // SAFETY: an exported object of at least this size (`check_export`), in a library that is never unloaded; any bytes are
+    // such integers.
+    let start = unsafe { entry.cast::<Start>().read() };
+    if start.magic != abi::ENTRY_MAGIC {
+        return Err(format!("its {} is something else (magic {:#018x})", abi::ENTRY_SYMBOL, start.magic));
     }
-    // SAFETY: the magic number says that an entry of at least version 1's size is here.
-    Ok(unsafe { std::ptr::read(entry) })
+    Ok(start)
 }
 
-fn check_version(entry: &Entry) -> Result<(), String> {
-    if entry.abi_major != abi::ABI_MAJOR {
-        let age = if entry.abi_major < abi::ABI_MAJOR { "an older" } else { "a newer" };
+fn check_version(start: &Start, size: u64) -> Result<(), String> {
+    if start.abi_major != abi::ABI_MAJOR {
+        let age = if start.abi_major < abi::ABI_MAJOR { "an older" } else { "a newer" };
         return Err(format!(
             "{age} one, version {}.{}; this host has {}.{}",
-            entry.abi_major,
-            entry.abi_minor,
+            start.abi_major,
+            start.abi_minor,
             abi::ABI_MAJOR,
             abi::ABI_MINOR
         ));
     }
-    if entry.struct_size as usize != size_of::<Entry>() {
-        return Err(format!("its entry has {} bytes, not {}", entry.struct_size, size_of::<Entry>()));
-    }
-    if entry.plugin.is_null() {
-        return Err("its entry names no plug-in".into());
+    if start.struct_size as usize != size_of::<Entry>() || size < size_of::<Entry>() as u64 {
+        let told = start.struct_size;
+        return Err(format!("its entry has {size} bytes and says {told}, not {}", size_of::<Entry>()));
     }
     Ok(())
 }

@@ -10,6 +10,8 @@
 
 mod device;
 mod library;
+mod log;
+mod operations;
 mod services;
 
 pub use device::OpenDevice;
@@ -55,6 +57,23 @@ unsafe fn copy_sized<T: Copy>(source: *const T, what: &str) -> Result<T, String>
         std::ptr::copy_nonoverlapping(source.cast::<u8>(), copy.as_mut_ptr().cast::<u8>(), size.min(size_of::<T>()));
         Ok(copy.assume_init())
     }
+}
+
+/// As [`copy_sized`], for a structure that comes in an array or is written back: version 1 of each is frozen, and another
+/// size would mean that the next entry is not where we look for it, or that we write past the end.
+///
+/// # Safety
+/// As for [`copy_sized`].
+unsafe fn copy_whole<T: Copy>(source: *const T, what: &str) -> Result<T, String> {
+    if !source.is_null() && source.is_aligned() {
+        // SAFETY: not null and aligned; readable, by the caller: every such structure begins with its size.
+        let size = unsafe { source.cast::<u32>().read() } as usize;
+        if size != size_of::<T>() {
+            return Err(format!("{what} says that it has {size} bytes, not {}", size_of::<T>()));
+        }
+    }
+    // SAFETY: by the caller.
+    unsafe { copy_sized(source, what) }
 }
 
 /// Text that a plug-in published.
@@ -113,6 +132,13 @@ mod tests {
         // SAFETY: a whole structure, of which eight bytes are read.
         let copy = unsafe { copy_sized(&raw const short, "hooks") }.unwrap();
         assert_eq!((copy.struct_size, copy.reserved, copy.rw.is_none()), (8, 7, true));
+        let whole = abi::RegionHooks { struct_size: size_of::<abi::RegionHooks>() as u32, ..short };
+        // SAFETY: whole structures, of which the sizes that they tell are read.
+        unsafe {
+            copy_whole(&raw const whole, "hooks").unwrap();
+            copy_whole(&raw const short, "hooks").unwrap_err();
+            copy_whole(std::ptr::null::<abi::RegionHooks>(), "hooks").unwrap_err();
+        }
         for size in [0, 3, 4097] {
             let wrong = abi::RegionHooks { struct_size: size, ..short };
             // SAFETY: as above; the size is refused before anything else is read.

@@ -1,35 +1,45 @@
 //! The table of host services that plug-ins call, over [`HostCalls`].
 //!
-//! Every pointer and length that arrives here is a plug-in's: null, overflowing or over-long ones are refused, and a
-//! context is refused on another thread than the one it was given to.
+//! Every pointer and length that arrives here is a plug-in's: null, overflowing or over-long ones are refused. A context is
+//! looked up among the calls that this thread is in, never followed: one that is stale, invented, or another thread's is
+//! answered by EPERM. A panic of the host's own side ends at this boundary with EIO, instead of ending the process.
 
+use std::cell::Cell;
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 use vfio_mediate_sdk::abi;
 
+use super::log::log;
 use crate::plugin::calls::{CallFrame, HostCalls, IrqRequest, IrqRequestData, Origin, Request, TrapMap};
 
-/// What [`abi::CallContext::host`] points at: lives on the stack of the call.
-pub struct Frame<'a> {
+/// One call into a plug-in: lives on its caller's stack, linked to the calls further out on the same thread.
+struct Frame<'a> {
+    context: abi::CallContext,
     calls: &'a dyn HostCalls,
     frame: CallFrame<'a>,
-    thread: usize,
+    outer: *const Frame<'static>,
 }
 
 /// Longest copy that one service call makes, in bytes.
 const LENGTH_MAX: usize = 16 * 1024 * 1024;
-/// Longest log message, in bytes.
-const MESSAGE_MAX: usize = 4096;
+/// Blocks of scratch memory are multiples of this, in bytes.
+const SCRATCH_ALIGN: u64 = 4096;
 
 thread_local! {
-    static MARK: u8 = const { 0 };
+    /// The call that this thread made last and has not returned from.
+    static INNERMOST: Cell<*const Frame<'static>> = const { Cell::new(std::ptr::null()) };
 }
 
-/// Tells threads apart while they live, at the price of one address.
-fn thread() -> usize {
-    MARK.with(|mark| std::ptr::from_ref(mark) as usize)
+/// Takes a frame out of its thread's list, however its call ends.
+struct Unlink(*const Frame<'static>);
+
+impl Drop for Unlink {
+    fn drop(&mut self) {
+        INNERMOST.set(self.0);
+    }
 }
 
 /// Runs `call` with a context that is valid until it returns.
@@ -38,7 +48,6 @@ pub fn with_context<T>(
     frame: CallFrame<'_>,
     call: impl FnOnce(*const abi::CallContext) -> T,
 ) -> T {
-    let host = Frame { calls, frame, thread: thread() };
     let context = abi::CallContext {
         struct_size: size_of::<abi::CallContext>() as u32,
         origin: match frame.origin {
@@ -47,10 +56,14 @@ pub fn with_context<T>(
             Origin::Host => abi::ORIGIN_HOST,
         },
         services: &raw const SERVICES,
-        host: (&raw const host).cast(),
+        host: std::ptr::null(),
         deadline: frame.deadline,
     };
-    call(&raw const context)
+    let outer = INNERMOST.get();
+    let linked = Frame { context, calls, frame, outer };
+    INNERMOST.set((&raw const linked).cast());
+    let _unlink = Unlink(outer);
+    call(&raw const linked.context)
 }
 
 /// The host's table. One for all plug-ins and devices: the context says which device is meant.
@@ -80,25 +93,40 @@ pub static SERVICES: abi::HostServices = abi::HostServices {
     get_extension,
 };
 
-/// # Safety
-/// `ctx` is null or a context that this host made for a call that has not returned.
-unsafe fn frame<'a>(ctx: *const abi::CallContext) -> Result<&'a Frame<'a>, Errno> {
-    if ctx.is_null() {
-        return Err(Errno::INVAL);
-    }
-    // SAFETY: a context of ours that is still alive, by the caller; ours always have a frame.
-    let frame = unsafe { &*(*ctx).host.cast::<Frame<'a>>() };
-    if frame.thread != thread() {
-        return Err(Errno::PERM);
-    }
-    Ok(frame)
-}
-
-fn answer(result: Result<(), Errno>) -> i32 {
+/// Runs a service for a context of this thread, and gives its result the ABI's number.
+fn serve(ctx: *const abi::CallContext, service: impl FnOnce(&Frame<'_>) -> Result<(), Errno>) -> i32 {
+    let result = if ctx.is_null() { Err(Errno::INVAL) } else { contained(|| with_frame(ctx, service)) };
     match result {
         Ok(()) => 0,
         Err(errno) => -errno.raw_os_error(),
     }
+}
+
+fn with_frame<T>(
+    ctx: *const abi::CallContext,
+    service: impl FnOnce(&Frame<'_>) -> Result<T, Errno>,
+) -> Result<T, Errno> {
+    let mut at = INNERMOST.get();
+    // SAFETY: frames in this thread's list are on its stack further out, and leave the list before they end.
+    while let Some(frame) = unsafe { at.as_ref() } {
+        if std::ptr::eq(&raw const frame.context, ctx) {
+            return service(frame);
+        }
+        at = frame.outer;
+    }
+    Err(Errno::PERM)
+}
+
+/// The panic hook has reported it by then; the plug-in is told that its call failed.
+fn contained<T>(call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or(Err(Errno::IO))
+}
+
+fn check_range(address: usize, length: usize) -> Result<(), Errno> {
+    if address == 0 || length > LENGTH_MAX || address.checked_add(length).is_none() {
+        return Err(Errno::INVAL);
+    }
+    Ok(())
 }
 
 /// # Safety
@@ -107,10 +135,8 @@ unsafe fn bytes_mut<'a>(data: *mut u8, length: usize) -> Result<&'a mut [u8], Er
     if length == 0 {
         return Ok(&mut []);
     }
-    if data.is_null() || length > LENGTH_MAX {
-        return Err(Errno::INVAL);
-    }
-    // SAFETY: not null, and writable by the caller.
+    check_range(data.addr(), length)?;
+    // SAFETY: not null, does not wrap, and writable by the caller.
     Ok(unsafe { std::slice::from_raw_parts_mut(data, length) })
 }
 
@@ -120,51 +146,18 @@ unsafe fn bytes<'a>(data: *const u8, length: usize) -> Result<&'a [u8], Errno> {
     if length == 0 {
         return Ok(&[]);
     }
-    if data.is_null() || length > LENGTH_MAX {
-        return Err(Errno::INVAL);
-    }
-    // SAFETY: not null, and readable by the caller.
+    check_range(data.addr(), length)?;
+    // SAFETY: not null, does not wrap, and readable by the caller.
     Ok(unsafe { std::slice::from_raw_parts(data, length) })
 }
 
-/// Messages of plug-ins per second that reach the host's log; the rest is counted.
-const MESSAGES_PER_SECOND: u64 = 200;
-
-/// The second in bits 63:16, how many messages it has had in bits 15:0.
-static LOGGED: AtomicU64 = AtomicU64::new(0);
-
-fn may_log() -> bool {
-    let second = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic).tv_sec.cast_unsigned();
-    let update = |state: u64| {
-        let (at, count) = (state >> 16, state & 0xffff);
-        if at != second & (u64::MAX >> 16) {
-            Some(second << 16 | 1)
-        } else if count < MESSAGES_PER_SECOND {
-            Some(state + 1)
-        } else {
-            None
-        }
-    };
-    LOGGED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update).is_ok()
-}
-
-unsafe extern "C" fn log(level: u32, target: abi::Bytes, message: abi::Bytes) {
-    if !may_log() {
-        return;
-    }
-    // SAFETY: readable by the plug-in's word; the length is capped.
-    let read = |text: abi::Bytes| match unsafe { bytes(text.ptr, text.len.min(MESSAGE_MAX)) } {
-        Ok(raw) => String::from_utf8_lossy(raw).into_owned(),
-        Err(_) => String::new(),
-    };
-    let (plugin, message) = (read(target), read(message));
-    match level {
-        abi::LOG_ERROR => tracing::error!(target: "plugin", %plugin, "{message}"),
-        abi::LOG_WARN => tracing::warn!(target: "plugin", %plugin, "{message}"),
-        abi::LOG_INFO => tracing::info!(target: "plugin", %plugin, "{message}"),
-        abi::LOG_DEBUG => tracing::debug!(target: "plugin", %plugin, "{message}"),
-        _ => tracing::trace!(target: "plugin", %plugin, "{message}"),
-    }
+/// Copies a structure that the plug-in passed, whole: version 1 of each is frozen, so another size is a mistake.
+///
+/// # Safety
+/// As for `copy_sized`, whose contract the ABI puts upon the plug-in.
+unsafe fn argument<T: Copy>(pointer: *const T) -> Result<T, Errno> {
+    // SAFETY: by the caller.
+    unsafe { super::copy_whole(pointer, "an argument") }.map_err(|_| Errno::INVAL)
 }
 
 unsafe extern "C" fn region_read(
@@ -174,8 +167,8 @@ unsafe extern "C" fn region_read(
     data: *mut u8,
     length: usize,
 ) -> i32 {
-    // SAFETY: context and buffer are as the ABI demands of the plug-in.
-    answer(unsafe { frame(ctx).and_then(|f| f.calls.region_read(region, offset, bytes_mut(data, length)?)) })
+    // SAFETY: the buffer is as the ABI demands of the plug-in.
+    serve(ctx, |f| f.calls.region_read(region, offset, unsafe { bytes_mut(data, length) }?))
 }
 
 unsafe extern "C" fn region_write(
@@ -186,170 +179,151 @@ unsafe extern "C" fn region_write(
     length: usize,
 ) -> i32 {
     // SAFETY: as above.
-    answer(unsafe { frame(ctx).and_then(|f| f.calls.region_write(region, offset, bytes(data, length)?)) })
+    serve(ctx, |f| f.calls.region_write(region, offset, unsafe { bytes(data, length) }?))
 }
 
 unsafe extern "C" fn default_rw(ctx: *const abi::CallContext, access: *mut abi::Access) -> i32 {
-    let run = || {
-        // SAFETY: as above.
-        let frame = unsafe { frame(ctx) }?;
+    serve(ctx, |f| {
         // SAFETY: null or a structure of the ABI, by the plug-in's word.
-        let access = unsafe { super::copy_sized(access.cast_const(), "an access") }.map_err(|_| Errno::INVAL)?;
+        let access = unsafe { argument(access.cast_const()) }?;
         let length = usize::try_from(access.length).map_err(|_| Errno::INVAL)?;
         // SAFETY: the access's data are readable and writable for its length, by the plug-in's word.
         let data = unsafe { bytes_mut(access.data, length) }?;
         match access.write {
-            0 => frame.calls.default_read(access.region, access.offset, data),
-            1 => frame.calls.default_write(access.region, access.offset, data),
+            0 => f.calls.default_read(access.region, access.offset, data),
+            1 => f.calls.default_write(access.region, access.offset, data),
             _ => Err(Errno::INVAL),
         }
-    };
-    answer(run())
+    })
 }
 
 unsafe extern "C" fn default_region_info(ctx: *const abi::CallContext, info: *mut abi::RegionInfo) -> i32 {
-    let run = || {
-        // SAFETY: as above.
-        let frame = unsafe { frame(ctx) }?;
+    serve(ctx, |f| {
         // SAFETY: null or a structure of the ABI, by the plug-in's word.
-        let asked = unsafe { super::copy_sized(info.cast_const(), "region info") }.map_err(|_| Errno::INVAL)?;
-        let found = frame.calls.region_info(asked.index)?;
-        // SAFETY: `copy_sized` found it not null and aligned; it holds a whole structure only if its size says so.
-        unsafe { store_sized(info, found, asked.struct_size) }
-    };
-    answer(run())
+        let asked = unsafe { argument(info.cast_const()) }?;
+        let found = f.calls.region_info(asked.index)?;
+        // SAFETY: `argument` found it not null, aligned and of a whole structure's size.
+        unsafe { info.write(abi::RegionInfo { struct_size: asked.struct_size, ..found }) };
+        Ok(())
+    })
 }
 
 unsafe extern "C" fn default_irq_info(ctx: *const abi::CallContext, info: *mut abi::IrqInfo) -> i32 {
-    let run = || {
-        // SAFETY: as above.
-        let frame = unsafe { frame(ctx) }?;
+    serve(ctx, |f| {
         // SAFETY: null or a structure of the ABI, by the plug-in's word.
-        let asked = unsafe { super::copy_sized(info.cast_const(), "irq info") }.map_err(|_| Errno::INVAL)?;
-        let found = frame.calls.irq_info(asked.index)?;
+        let asked = unsafe { argument(info.cast_const()) }?;
+        let found = f.calls.irq_info(asked.index)?;
         // SAFETY: as above.
-        unsafe { store_sized(info, found, asked.struct_size) }
-    };
-    answer(run())
-}
-
-/// # Safety
-/// `target` is aligned and writable for `size` bytes.
-unsafe fn store_sized<T: Copy>(target: *mut T, value: T, size: u32) -> Result<(), Errno> {
-    if (size as usize) < size_of::<T>() {
-        return Err(Errno::INVAL);
-    }
-    // SAFETY: writable for at least a whole `T`, by the caller and the check above.
-    unsafe { target.write(value) };
-    Ok(())
+        unsafe { info.write(abi::IrqInfo { struct_size: asked.struct_size, ..found }) };
+        Ok(())
+    })
 }
 
 unsafe extern "C" fn default_set_irqs(ctx: *const abi::CallContext, request: *const abi::IrqRequest) -> i32 {
-    let run = || {
-        // SAFETY: as above.
-        let frame = unsafe { frame(ctx) }?;
+    serve(ctx, |f| {
         // SAFETY: null or a structure of the ABI, by the plug-in's word.
-        let raw = unsafe { super::copy_sized(request, "an irq request") }.map_err(|_| Errno::INVAL)?;
-        let count = raw.count as usize;
-        let data = match raw.data_kind {
-            abi::IRQ_DATA_NONE => IrqRequestData::None,
-            // SAFETY: readable for `count` entries, by the plug-in's word.
-            abi::IRQ_DATA_BOOL => IrqRequestData::Bool(unsafe { bytes(raw.bools, count) }?),
-            abi::IRQ_DATA_EVENTFD => {
-                // SAFETY: as above.
-                IrqRequestData::EventFd(
-                    unsafe { super::entries(raw.fds, count, "eventfds") }.map_err(|_| Errno::INVAL)?,
-                )
-            }
-            _ => return Err(Errno::INVAL),
-        };
-        frame.calls.set_irqs(&IrqRequest {
-            index: raw.index,
-            start: raw.start,
-            count: raw.count,
-            action: raw.action,
-            data,
-        })
-    };
-    answer(run())
+        let raw = unsafe { argument(request) }?;
+        if !matches!(raw.action, abi::IRQ_MASK | abi::IRQ_UNMASK | abi::IRQ_TRIGGER) {
+            return Err(Errno::INVAL);
+        }
+        // SAFETY: the request's lists are readable for `count` entries, by the plug-in's word.
+        let data = unsafe { irq_data(&raw) }?;
+        let (index, start, count, action) = (raw.index, raw.start, raw.count, raw.action);
+        f.calls.set_irqs(&IrqRequest { index, start, count, action, data })
+    })
+}
+
+/// # Safety
+/// The list that `raw.data_kind` names is readable for `raw.count` entries.
+unsafe fn irq_data(raw: &abi::IrqRequest) -> Result<IrqRequestData<'_>, Errno> {
+    let count = raw.count as usize;
+    if count > crate::plugin::tables::ENTRIES_MAX && raw.data_kind != abi::IRQ_DATA_NONE {
+        return Err(Errno::INVAL);
+    }
+    match raw.data_kind {
+        abi::IRQ_DATA_NONE => Ok(IrqRequestData::None),
+        abi::IRQ_DATA_BOOL => {
+            // SAFETY: by the caller.
+            let bools = unsafe { bytes(raw.bools, count) }?;
+            if bools.iter().any(|bool| *bool > 1) { Err(Errno::INVAL) } else { Ok(IrqRequestData::Bool(bools)) }
+        }
+        abi::IRQ_DATA_EVENTFD => {
+            // SAFETY: by the caller.
+            let fds = unsafe { super::entries(raw.fds, count, "eventfds") }.map_err(|_| Errno::INVAL)?;
+            if fds.iter().any(|fd| *fd < -1) { Err(Errno::BADF) } else { Ok(IrqRequestData::EventFd(fds)) }
+        }
+        _ => Err(Errno::INVAL),
+    }
 }
 
 unsafe extern "C" fn guest_read(ctx: *const abi::CallContext, iova: u64, data: *mut u8, length: usize) -> i32 {
     // SAFETY: as for `region_read`.
-    answer(unsafe { frame(ctx).and_then(|f| f.calls.guest_read(iova, bytes_mut(data, length)?)) })
+    serve(ctx, |f| f.calls.guest_read(iova, unsafe { bytes_mut(data, length) }?))
 }
 
 unsafe extern "C" fn guest_write(ctx: *const abi::CallContext, iova: u64, data: *const u8, length: usize) -> i32 {
     // SAFETY: as for `region_read`.
-    answer(unsafe { frame(ctx).and_then(|f| f.calls.guest_write(iova, bytes(data, length)?)) })
+    serve(ctx, |f| f.calls.guest_write(iova, unsafe { bytes(data, length) }?))
 }
 
 unsafe extern "C" fn mark_dirty(ctx: *const abi::CallContext, iova: u64, length: u64) -> i32 {
-    // SAFETY: as for `region_read`.
-    answer(unsafe { frame(ctx) }.and_then(|f| f.calls.mark_dirty(iova, length)))
+    serve(ctx, |f| f.calls.mark_dirty(iova, length))
 }
 
 unsafe extern "C" fn scratch_alloc(ctx: *const abi::CallContext, scratch: *mut abi::Scratch) -> i32 {
-    let run = || {
-        // SAFETY: as above.
-        let frame = unsafe { frame(ctx) }?;
+    serve(ctx, |f| {
+        // Everything that can be refused is refused before anything is allocated.
         // SAFETY: null or a structure of the ABI, by the plug-in's word.
-        let asked = unsafe { super::copy_sized(scratch.cast_const(), "scratch") }.map_err(|_| Errno::INVAL)?;
-        if asked.address_bits > 64 {
+        let asked = unsafe { argument(scratch.cast_const()) }?;
+        let sound = asked.length > 0 && asked.length.is_multiple_of(SCRATCH_ALIGN) && asked.length <= LENGTH_MAX as u64;
+        if !sound || asked.address_bits > 64 {
             return Err(Errno::INVAL);
         }
-        let found = frame.calls.scratch_alloc(asked.length, asked.address_bits)?;
+        let found = f.calls.scratch_alloc(asked.length, asked.address_bits)?;
         let filled = abi::Scratch {
             iova: found.iova,
             length: found.length,
             ptr: std::ptr::with_exposed_provenance_mut(found.address as usize),
             ..asked
         };
-        // SAFETY: as above.
-        unsafe { store_sized(scratch, filled, asked.struct_size) }
-    };
-    answer(run())
+        // SAFETY: `argument` found it not null, aligned and of a whole structure's size.
+        unsafe { scratch.write(filled) };
+        Ok(())
+    })
 }
 
 unsafe extern "C" fn scratch_free(ctx: *const abi::CallContext, iova: u64) -> i32 {
-    // SAFETY: as for `region_read`.
-    answer(unsafe { frame(ctx) }.and_then(|f| f.calls.scratch_free(iova)))
+    serve(ctx, |f| f.calls.scratch_free(iova))
 }
 
 unsafe extern "C" fn irq_inject(ctx: *const abi::CallContext, index: u32, vector: u32) -> i32 {
-    // SAFETY: as for `region_read`.
-    answer(unsafe { frame(ctx) }.and_then(|f| f.calls.irq_inject(index, vector)))
+    serve(ctx, |f| f.calls.irq_inject(index, vector))
 }
 
 unsafe extern "C" fn request(ctx: *const abi::CallContext, what: u32, arg: u64) -> i32 {
-    let run = || {
-        // SAFETY: as for `region_read`.
-        let frame = unsafe { frame(ctx) }?;
-        let request = match (what, u32::try_from(arg)) {
+    serve(ctx, |f| {
+        f.calls.request(match (what, u32::try_from(arg)) {
             (abi::REQUEST_RESET, _) => Request::Reset,
             (abi::REQUEST_FAIL, Ok(number @ 1..4096)) => Request::Fail(Errno::from_raw_os_error(number.cast_signed())),
             (abi::REQUEST_MAP, Ok(abi::MAP_NORMAL)) => Request::Map(TrapMap::Normal),
             (abi::REQUEST_MAP, Ok(abi::MAP_TRACKING)) => Request::Map(TrapMap::Tracking),
             _ => return Err(Errno::INVAL),
-        };
-        frame.calls.request(request)
-    };
-    answer(run())
+        })
+    })
 }
 
+/// 0 for a context that is not valid here.
 unsafe extern "C" fn now(ctx: *const abi::CallContext) -> u64 {
-    // SAFETY: as for `region_read`.
-    unsafe { frame(ctx) }.map_or(0, |f| f.calls.now())
+    contained(|| with_frame(ctx, |f| Ok(f.calls.now()))).unwrap_or(0)
 }
 
 unsafe extern "C" fn wait(ctx: *const abi::CallContext, nanoseconds: u64) -> i32 {
-    // SAFETY: as for `region_read`.
-    answer(unsafe { frame(ctx) }.and_then(|f| f.calls.wait(nanoseconds, f.frame.deadline, &|| is_cancelled(f))))
+    serve(ctx, |f| f.calls.wait(nanoseconds, f.frame.deadline, &|| is_cancelled(f)))
 }
 
+/// A context that is not valid here has been given up.
 unsafe extern "C" fn cancelled(ctx: *const abi::CallContext) -> i32 {
-    // SAFETY: as for `region_read`. A context that is not valid here has been given up.
-    unsafe { frame(ctx) }.map_or(1, |f| i32::from(is_cancelled(f)))
+    contained(|| with_frame(ctx, |f| Ok(is_cancelled(f)))).map_or(1, i32::from)
 }
 
 fn is_cancelled(frame: &Frame<'_>) -> bool {
@@ -358,13 +332,11 @@ fn is_cancelled(frame: &Frame<'_>) -> bool {
 }
 
 unsafe extern "C" fn timer_arm(ctx: *const abi::CallContext, cookie: u64, nanoseconds: u64) -> i32 {
-    // SAFETY: as for `region_read`.
-    answer(unsafe { frame(ctx) }.and_then(|f| f.calls.timer_arm(cookie, nanoseconds)))
+    serve(ctx, |f| f.calls.timer_arm(cookie, nanoseconds))
 }
 
 unsafe extern "C" fn timer_cancel(ctx: *const abi::CallContext, cookie: u64) -> i32 {
-    // SAFETY: as for `region_read`.
-    answer(unsafe { frame(ctx) }.and_then(|f| f.calls.timer_cancel(cookie)))
+    serve(ctx, |f| f.calls.timer_cancel(cookie))
 }
 
 /// Version 1.0 of the ABI has no extensions of the host.

@@ -1,0 +1,164 @@
+//! Interleavings of registration, opens and unregistration, over the real protocol. The member's own flags are relaxed, so
+//! that only the roster orders what the calls see.
+
+use std::time::{Duration, Instant};
+
+use loom::sync::Arc as LoomArc;
+use loom::sync::atomic::{AtomicU32, Ordering};
+use loom::thread;
+
+use super::*;
+
+/// What a plug-in would notice.
+#[derive(Debug, Default)]
+struct Life {
+    /// Set by its init
+    ready: AtomicU32,
+    retired: AtomicU32,
+    open: AtomicU32,
+}
+
+#[derive(Debug, Clone)]
+struct Fake(LoomArc<Life>);
+
+impl Fake {
+    fn init() -> Self {
+        let life = LoomArc::new(Life { ready: AtomicU32::new(0), retired: AtomicU32::new(0), open: AtomicU32::new(0) });
+        life.ready.store(1, Ordering::Relaxed);
+        Self(life)
+    }
+
+    fn call(&self) {
+        assert_eq!(self.0.ready.load(Ordering::Relaxed), 1, "called before its init was done");
+        assert_eq!(self.0.retired.load(Ordering::Relaxed), 0, "called after it was retired");
+    }
+}
+
+impl Member for Fake {
+    fn retire(&self) {
+        self.call();
+        assert_eq!(self.0.open.load(Ordering::Relaxed), 0, "retired while a device was open");
+        self.0.retired.store(1, Ordering::Relaxed);
+    }
+}
+
+type Fakes = Roster<u32, Fake>;
+
+fn some_day() -> Instant {
+    Instant::now() + Duration::from_secs(3600)
+}
+
+fn registered() -> (Arc<Fakes>, PluginId, Fake) {
+    let (roster, fake) = (Fakes::new(), Fake::init());
+    let id = roster.reserve(Arc::new(1), u32::eq).unwrap();
+    roster.publish(id, fake.clone()).unwrap();
+    (roster, id, fake)
+}
+
+/// As the registry opens a device: look, hold, probe, seat, open, use, close.
+fn open(roster: &Arc<Fakes>, limit: u32) -> Option<Hold<u32, Fake>> {
+    for entry in roster.survey().ok()? {
+        if entry.standing != Standing::Published {
+            continue;
+        }
+        let Some(hold) = roster.hold(entry.id, "device") else { continue };
+        hold.member().call();
+        if hold.seat(limit).is_ok() {
+            hold.member().0.open.fetch_add(1, Ordering::Relaxed);
+            return Some(hold);
+        }
+    }
+    None
+}
+
+fn close(hold: Hold<u32, Fake>) {
+    hold.member().call();
+    hold.member().0.open.fetch_sub(1, Ordering::Relaxed);
+}
+
+/// spec: REG-1
+#[test]
+fn loom_an_open_during_registration_sees_all_or_nothing() {
+    loom::model(|| {
+        let roster = Fakes::new();
+        let registering = Arc::clone(&roster);
+        let thread = thread::spawn(move || {
+            let id = registering.reserve(Arc::new(1), u32::eq).unwrap();
+            registering.publish(id, Fake::init()).unwrap();
+        });
+        if let Some(hold) = open(&roster, 1) {
+            close(hold);
+        }
+        thread.join().unwrap();
+        close(open(&roster, 1).expect("it is registered by now"));
+    });
+}
+
+/// spec: REG-8 REG-9
+#[test]
+fn loom_the_last_of_closers_and_unregistration_retires_once_and_nothing_runs_afterwards() {
+    loom::model(|| {
+        let (roster, id, fake) = registered();
+        let threads: Vec<_> = (0..2)
+            .map(|_| {
+                let roster = Arc::clone(&roster);
+                thread::spawn(move || {
+                    if let Some(hold) = open(&roster, 2) {
+                        close(hold);
+                    }
+                })
+            })
+            .collect();
+        assert!(roster.withdraw(id));
+        roster.wait_gone(id, some_day()).unwrap();
+        assert_eq!(fake.0.retired.load(Ordering::Relaxed), 1, "waiting ended before it was retired");
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert!(roster.list().is_empty());
+    });
+}
+
+/// spec: REG-6
+#[test]
+fn loom_the_limit_holds_however_opens_race() {
+    loom::model(|| {
+        let (roster, _, fake) = registered();
+        let other = Arc::clone(&roster);
+        let one = move |roster: &Arc<Fakes>| {
+            if let Some(hold) = open(roster, 1) {
+                assert_eq!(hold.member().0.open.load(Ordering::Relaxed), 1, "two devices under a limit of one");
+                close(hold);
+            }
+        };
+        let thread = thread::spawn(move || one(&other));
+        one(&roster);
+        thread.join().unwrap();
+        assert_eq!(fake.0.open.load(Ordering::Relaxed), 0);
+        close(open(&roster, 1).expect("the count is refunded"));
+    });
+}
+
+/// spec: REG-11
+#[test]
+fn loom_shutting_down_waits_for_a_registration_that_had_begun() {
+    loom::model(|| {
+        let roster = Fakes::new();
+        let registering = Arc::clone(&roster);
+        let thread = thread::spawn(move || {
+            let fake = Fake::init();
+            let published = match registering.reserve(Arc::new(1), u32::eq) {
+                Ok(id) => registering.publish(id, fake.clone()).is_ok(),
+                Err(Refused::Closed) => return None,
+                Err(other) => panic!("{other:?}"),
+            };
+            Some((fake, published))
+        });
+        for id in roster.close() {
+            assert!(roster.withdraw(id));
+        }
+        roster.wait_empty(some_day()).unwrap();
+        if let Some((fake, _)) = thread.join().unwrap() {
+            assert_eq!(fake.0.retired.load(Ordering::Relaxed), 1, "it outlived the shutdown");
+        }
+        assert!(roster.list().is_empty());
+    });
+}
