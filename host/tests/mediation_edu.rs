@@ -86,7 +86,7 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
 }
 
-/// spec: STATE-5 STREAM-1 TRACK-2
+/// spec: STATE-5 SAVED-1 TRACK-2
 #[test]
 fn an_edu_moves_to_another_device_with_its_hidden_buffer() {
     let registry = Registry::new();

@@ -89,7 +89,7 @@ fn a_stopped_device_answers_configuration_and_information_and_no_region() {
     mediated.region_read(0, 0, &mut [0]).unwrap();
 }
 
-/// spec: STREAM-1 STATE-5
+/// spec: SAVED-1 STATE-5
 #[test]
 fn what_one_device_saves_another_loads_host_part_plug_in_and_native() {
     let source = Arc::new(FakeDevice { native: Some(FakeNative::new(b"native state")), ..FakeDevice::new() });

@@ -29,7 +29,7 @@ fn passed(device: &dyn Device) -> Vec<String> {
     passed
 }
 
-/// spec: DEV-1, DEV-2, DEV-3, DEV-4, DEV-5, DMA-1, DMA-3, DMA-4, DMA-5, IRQ-1, IRQ-2, IRQ-3, IRQ-4
+/// spec: DEV-1, DEV-2, DEV-3, DEV-4, DEV-5, DEVDMA-1, DEVDMA-3, DEVDMA-4, DEVDMA-5, DEVIRQ-1, DEVIRQ-2, DEVIRQ-3, DEVIRQ-4
 #[test]
 fn the_simulated_edu_keeps_the_promises_of_the_real_one() {
     let passed = passed(&*edu());
@@ -39,7 +39,7 @@ fn the_simulated_edu_keeps_the_promises_of_the_real_one() {
     assert_eq!(skipped, ["registers through a mapping"]);
 }
 
-/// spec: DEV-1, DEV-2, DEV-3, DEV-4, DEV-5, DMA-1, DMA-3, IRQ-1
+/// spec: DEV-1, DEV-2, DEV-3, DEV-4, DEV-5, DEVDMA-1, DEVDMA-3, DEVIRQ-1
 #[test]
 fn the_simulated_device_with_migration_keeps_every_device_s_promises() {
     let device = Stateful::new(StatefulOptions { time: virtual_time(), ..Default::default() }).expect("a model");

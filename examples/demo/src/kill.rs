@@ -70,7 +70,9 @@ pub fn run(demo: &Demo, what: &str) -> anyhow::Result<()> {
     if let Some(complaint) = witness.ask(|t| t.complaint.clone()) {
         bail!("witness oracle: {complaint}");
     }
-    let may_run = usize::from(owner == Ownership::Here) + usize::from(standing == Standing::MayRun);
+    // A source that has no journal yet has never given its guest away.
+    let victim_may_run = standing == Standing::MayRun || (victim_is_source && standing == Standing::Idle);
+    let may_run = usize::from(owner == Ownership::Here) + usize::from(victim_may_run);
     let named = owner == Ownership::InDoubt || matches!(standing, Standing::InDoubt { .. });
     let verdict = format!("survivor: {owner:?}, journal of the killed {side}: {standing:?}, guest runs: {beats}");
     ensure!(may_run <= 1, "two owners: {verdict}");

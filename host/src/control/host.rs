@@ -183,7 +183,7 @@ impl Host {
         }
         let machine = Machine::build(&config)?;
         let vmm = embedder.vmm(&machine).map_err(StartError::Embedder)?;
-        let listener = config.listen.map(|address| listen(address)).transpose()?;
+        let listener = config.listen.map(listen).transpose()?;
         let bound = listener.as_ref().and_then(|listener| listener.local_addr().ok());
         let mediated = MediatedHost::new(
             machine.devices.clone(),

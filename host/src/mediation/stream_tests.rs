@@ -56,7 +56,7 @@ fn load(pieces: &[&[u8]]) -> (Result<()>, Collected) {
     (loader.finish(), collected)
 }
 
-/// spec: STREAM-1
+/// spec: SAVED-1
 #[test]
 fn what_was_saved_is_loaded_however_it_is_cut() {
     let all = saved();
@@ -74,7 +74,7 @@ fn what_was_saved_is_loaded_however_it_is_cut() {
     }
 }
 
-/// spec: STREAM-2
+/// spec: SAVED-2
 #[test]
 fn a_stream_cut_short_anywhere_is_not_whole() {
     let all = saved();
@@ -87,7 +87,7 @@ fn a_stream_cut_short_anywhere_is_not_whole() {
     assert!(load(&[&longer]).0.is_err());
 }
 
-/// spec: STREAM-2
+/// spec: SAVED-2
 #[test]
 fn one_changed_byte_anywhere_is_refused() {
     let all = saved();

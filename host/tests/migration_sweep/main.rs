@@ -2,6 +2,7 @@
 //! each side; pass two fails at every step, on each side, with each kind of fault. After each run an oracle that has
 //! watched guest, memory and devices all along says whether two ran, none may, or something was lost.
 
+mod cases;
 mod sim;
 
 use std::sync::atomic::Ordering;
@@ -32,13 +33,16 @@ enum Fault {
     Lose,
     Corrupt,
     Storage(StorageFault),
+    /// This append is written and yet fails; those after it are not written
+    DiskDies,
     /// This append and those after it
     StorageForGood(StorageFault),
     Op(OpFault),
     Cancel,
 }
 
-const FAULTS: [Fault; 13] = [
+const FAULTS: [Fault; 14] = [
+    Fault::DiskDies,
     Fault::Crash,
     Fault::Cut,
     Fault::Lose,
@@ -128,6 +132,11 @@ fn inject(side: &Side, link: &LinkControl, end: usize, fault: Fault) -> bool {
         Fault::Lose => link.lose(end),
         Fault::Corrupt => link.corrupt(end),
         Fault::Storage(fault) => side.store.plan(vec![Some(fault)]),
+        Fault::DiskDies => {
+            let mut plan = vec![Some(StorageFault::Nothing); 100];
+            plan[0] = Some(StorageFault::Whole);
+            side.store.plan(plan);
+        }
         Fault::StorageForGood(fault) => side.store.plan(vec![Some(fault); 100]),
         Fault::Op(fault) => side.host.arm(fault),
         Fault::Cancel => side.cancel.cancel(),
@@ -341,6 +350,21 @@ impl Harness {
         }
     }
 
+    /// A source that went on with its guest owns it after a later crash, too: whatever its journal has to ask, the answer
+    /// does not give the guest away.
+    fn assert_kept_for_good(&self, oracle: &mut Oracle, outcome: Outcome) {
+        if !self.source.host.runs() {
+            return;
+        }
+        self.source.host.crash();
+        let outcome = Outcome { source: Ending::Crashed, ..outcome };
+        if self.doubtful(Role::Source, &outcome.source) {
+            let settled = self.settle(oracle, outcome, &[]);
+            assert!(!self.owns(Role::Destination, &settled.destination), "an old guest runs: {settled:?}");
+        }
+        assert!(self.owns(Role::Source, &Ending::Crashed), "the source does not know that it kept the guest");
+    }
+
     /// Every promise, whatever happened: settled at once, or in doubt by name and settled by reconnecting.
     fn assert_promises(&self, oracle: &mut Oracle, outcome: Outcome) {
         self.quiet();
@@ -351,7 +375,8 @@ impl Harness {
             self.doubtful(Role::Source, &outcome.source) || self.doubtful(Role::Destination, &outcome.destination);
         assert!(here || there || doubt, "no owner and no doubt: {outcome:?}");
         if !doubt {
-            return self.assert_settled(oracle, &outcome);
+            self.assert_settled(oracle, &outcome);
+            return self.assert_kept_for_good(oracle, outcome);
         }
         let told = format!("{outcome:?}");
         let (kept, moved) = (here, there);

@@ -75,6 +75,8 @@ struct Inner {
     devices: Vec<Device>,
     fault: Option<OpFault>,
     crashed: bool,
+    /// A broken tracker: what the guest writes is not logged
+    forgetful: bool,
     /// The log as it was when tracking stopped
     last_log: Option<Vec<u64>>,
 }
@@ -143,6 +145,7 @@ impl SimHost {
             devices: flags.iter().map(device).collect(),
             fault: None,
             crashed: false,
+            forgetful: false,
             last_log: None,
         }))
     }
@@ -162,6 +165,11 @@ impl SimHost {
 
     pub fn disarm(&self) {
         self.inner().fault = None;
+    }
+
+    /// From now on writes of the guest are not logged.
+    pub fn forget(&self) {
+        self.inner().forgetful = true;
     }
 
     /// The process is gone, and with it memory, devices and guest.
@@ -189,7 +197,7 @@ impl SimHost {
     /// Guest and devices do some work, here if they run here; checked against the truth before.
     pub fn work(&self, random: &mut Random, truth: &mut Truth) {
         let mut inner = self.inner();
-        let Inner { ram, log, tracking, running, devices, .. } = &mut *inner;
+        let Inner { ram, log, tracking, running, devices, forgetful, .. } = &mut *inner;
         if *running {
             assert_eq!(ram[..8], truth.ram[..8], "the guest goes on with an old heartbeat");
             let beat = u64::from_le_bytes(ram[..8].try_into().expect("8 bytes")) + 1;
@@ -204,7 +212,7 @@ impl SimHost {
                 }
                 memory[at] = value;
             }
-            if *tracking {
+            if *tracking && !*forgetful {
                 log[0] |= 1;
                 log[page / 64] |= 1 << (page % 64);
             }

@@ -194,7 +194,7 @@ fn fill_buffer(bench: &Bench<'_>) -> Result<()> {
     bench.set_bus_master(false)
 }
 
-/// spec: DMA-4
+/// spec: DEVDMA-4
 fn dma_without_bus_master(bench: &Bench<'_>) -> Result<()> {
     bench.with_dma(IOVA, || {
         fill_buffer(bench)?;
@@ -204,7 +204,7 @@ fn dma_without_bus_master(bench: &Bench<'_>) -> Result<()> {
     })
 }
 
-/// spec: DMA-5
+/// spec: DEVDMA-5
 fn dma_unmapped(bench: &Bench<'_>) -> Result<()> {
     bench.with_dma(IOVA, || {
         fill_buffer(bench)?;
@@ -233,7 +233,7 @@ fn acknowledge(bench: &Bench<'_>) -> Result<()> {
     Ok(())
 }
 
-/// spec: IRQ-2
+/// spec: DEVIRQ-2
 fn msi(bench: &Bench<'_>) -> Result<()> {
     let info = bench.device.irq_info(MSI)?;
     ensure!(info.count == 1, "{info:?}");
@@ -248,7 +248,7 @@ fn msi(bench: &Bench<'_>) -> Result<()> {
     })
 }
 
-/// spec: IRQ-3
+/// spec: DEVIRQ-3
 fn intx(bench: &Bench<'_>) -> Result<()> {
     let info = bench.device.irq_info(INTX)?;
     ensure!(info.count == 1, "{info:?}");
@@ -297,7 +297,7 @@ fn software_trigger(bench: &Bench<'_>) -> Result<()> {
     })
 }
 
-/// spec: IRQ-4
+/// spec: DEVIRQ-4
 fn removed_eventfd(bench: &Bench<'_>) -> Result<()> {
     bench.with_irqs(MSI, |[event]| {
         bench.set_irqs(MSI, 0, 1, IrqAction::Trigger, IrqData::EventFd(&[None]))?;
@@ -317,7 +317,7 @@ fn removed_eventfd(bench: &Bench<'_>) -> Result<()> {
 
 /// Two devices of one VM in one address space: each maps, the kernel maps once, and each leaves for itself.
 ///
-/// spec: DMA-2
+/// spec: DEVDMA-2
 pub fn shared_memory(one: &Bench<'_>, other: &dyn Device) -> Result<()> {
     // The same memory, seen by the other device.
     let other = Bench { device: other, memory: one.memory.clone() };

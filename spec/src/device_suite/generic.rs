@@ -160,7 +160,7 @@ fn reset(bench: &Bench<'_>) -> Result<()> {
     }
 }
 
-/// spec: IRQ-1
+/// spec: DEVIRQ-1
 fn wrong_irqs(bench: &Bench<'_>) -> Result<()> {
     let device = bench.device;
     let (none, trigger) = (IrqData::None, IrqAction::Trigger);
@@ -182,7 +182,7 @@ fn wrong_irqs(bench: &Bench<'_>) -> Result<()> {
     refused(bench.set_irqs(device.info().num_irqs, 0, 1, trigger, none), Errno::INVAL, "the irq after the last")
 }
 
-/// spec: DMA-1, DMA-3
+/// spec: DEVDMA-1, DEVDMA-3
 fn dma_maps(bench: &Bench<'_>) -> Result<()> {
     let device = bench.device;
     let ranges = device.iova_ranges();

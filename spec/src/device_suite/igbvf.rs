@@ -60,7 +60,7 @@ fn mapped(bench: &Bench<'_>) -> Result<()> {
     Ok(())
 }
 
-/// spec: IRQ-2
+/// spec: DEVIRQ-2
 fn msix(bench: &Bench<'_>) -> Result<()> {
     let info = bench.device.irq_info(MSIX)?;
     ensure!(info.count == 3, "{info:?}");

@@ -28,8 +28,8 @@ fn overview() -> String {
          vfio-mediate doctor\n  \
          vfio-mediate plugin check libvfio_mediate_plugin_edu.so\n  \
          vfio-mediate run --device vfio:0000:00:10.0 --plugin libvfio_mediate_plugin_edu.so --memory 256M\n  \
-         vfio-mediate run --config vm.toml --listen 127.0.0.1:7000        # the destination\n  \
-         vfio-mediate migrate --to 127.0.0.1:7000                         # on the source\n\n{}",
+         vfio-mediate run --config vm.toml --listen 127.0.0.1:7000    # the destination\n  \
+         vfio-mediate migrate --to 127.0.0.1:7000                     # on the source\n\n{}",
         exit::table()
     )
 }
@@ -80,25 +80,25 @@ Examples:
   vfio-mediate run --config vm.toml
   vfio-mediate run --config vm.toml --listen 127.0.0.1:7000
 
-Without --listen a guest starts here; with it, the host waits for a guest to arrive. SIGTERM and SIGINT end the host in
+Without --listen a guest starts here; with it, the host waits for a guest to arrive. SIGTERM and SIGINT end the host in \
 good order; a second one ends it at once. The log goes to standard error; VFIO_MEDIATE_LOG=debug says more.";
 
 const MIGRATE: &str = "Examples:
   vfio-mediate migrate --to 127.0.0.1:7000
   vfio-mediate migrate --to [::1]:7000 --verify --json
 
-The guest runs on while its memory is copied, and stands still only at the end. Ctrl-C leaves the migration running:
+The guest runs on while its memory is copied, and stands still only at the end. Ctrl-C leaves the migration running: \
 `vfio-mediate cancel` gives it up. Exit code 7: the guest is still here. Exit code 8: see `vfio-mediate resolve --help`.";
 
-const RESOLVE: &str = "When the connection is lost at the worst moment, neither host can know alone whether the other runs the guest. Hosts that can
-reach each other settle it by themselves. When they cannot, look at the other host (status, its journal), decide, and say
-the opposite on each side: --run-here on one, --run-there on the other. The same word on both loses the guest or, worse,
-runs it twice.
+const RESOLVE: &str = "When the connection is lost at the worst moment, neither host can know alone whether the other runs the guest. Hosts \
+that can reach each other settle it by themselves. When they cannot, look at the other host (its status, its journal), \
+decide, and say the opposite on each side: --run-here on one, --run-there on the other. The same word on both loses the \
+guest or, worse, runs it twice.
 
 Examples:
   vfio-mediate status                                  # shows the id
   vfio-mediate resolve --id 5f0e...c1 --run-here
-  vfio-mediate resolve --id 5f0e...c1 --run-there --state-dir /var/lib/vfio-mediate   # the host is not running";
+  vfio-mediate resolve --id 5f0e...c1 --run-there --state-dir /var/lib/vfio-mediate   # host not running";
 
 const DOCTOR: &str = "Examples:
   vfio-mediate doctor

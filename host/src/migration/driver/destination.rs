@@ -14,7 +14,7 @@ use crate::migration::wire::{
 use super::connection::{Connection, Flow};
 use super::doubt::{InDoubt, MigrationError, cause_of, ms_until, record_until};
 use super::host::{DestinationHost, DestinationShape};
-use super::source::page_hash;
+use super::pages::page_hash;
 use super::{Cancel, Observer, Progress, Step, Time};
 
 const PAGE: usize = PAGE_SIZE as usize;

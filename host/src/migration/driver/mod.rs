@@ -9,6 +9,7 @@ mod destination;
 mod doubt;
 mod host;
 mod mediated;
+mod pages;
 mod source;
 
 pub use destination::{DestinationDriver, DestinationJob, migrate_in, settle_in};

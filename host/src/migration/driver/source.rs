@@ -15,6 +15,7 @@ use crate::migration::wire::{
 use super::connection::{Connection, Flow};
 use super::doubt::{InDoubt, MigrationError, cause_of, ms_until, record_until};
 use super::host::{DirtyDrain, SourceHost, SourceOffer};
+use super::pages::{is_zero, next_run, page_hash, pages_from};
 use super::{Cancel, Observer, Progress, Step, Time};
 
 /// Pages read, checked and sent at once: small enough to stay in a core's cache.
@@ -619,89 +620,6 @@ impl<'h> SourceDriver<'h> {
             verified,
             digest: self.machine.digest().map_or(String::new(), |digest| digest.to_string()),
             process_id: std::process::id(),
-        }
-    }
-}
-
-/// One page's part in the comparison of all of memory.
-pub(super) fn page_hash(page: &[u8]) -> u64 {
-    xxhash_rust::xxh3::xxh3_64(page)
-}
-
-fn is_zero(page: &[u8]) -> bool {
-    // Most pages that are not zero show it at once.
-    let (head, rest) = page.split_at(page.len().min(64));
-    head.iter().all(|byte| *byte == 0) && rest.chunks_exact(64).all(|chunk| chunk == [0; 64])
-}
-
-/// Dirty pages from `next` on.
-fn pages_from(words: &[u64], next: u64) -> u64 {
-    let index = (next / 64) as usize;
-    let first = words.get(index).map_or(0, |word| word & (u64::MAX << (next % 64)));
-    let rest = words.get(index + 1..).unwrap_or(&[]);
-    u64::from(first.count_ones()) + rest.iter().map(|word| u64::from(word.count_ones())).sum::<u64>()
-}
-
-/// The first run of set bits from `next` on, cut at `most`: its first bit and its length.
-fn next_run(words: &[u64], next: u64, most: u64) -> Option<(u64, u64)> {
-    let total = words.len() as u64 * 64;
-    let set = |at: u64| words[(at / 64) as usize] >> (at % 64) & 1 == 1;
-    let mut first = next;
-    while first < total && !set(first) {
-        // A whole word, or the rest of one, without dirt is skipped at once.
-        let rest = words[(first / 64) as usize] >> (first % 64);
-        first = if rest == 0 { (first / 64 + 1) * 64 } else { first + u64::from(rest.trailing_zeros()) };
-    }
-    if first >= total {
-        return None;
-    }
-    let mut end = first + 1;
-    while end < total && end - first < most && set(end) {
-        end += 1;
-    }
-    Some((first, end - first))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn runs(words: &[u64], most: u64) -> Vec<(u64, u64)> {
-        let mut next = 0;
-        std::iter::from_fn(|| {
-            let run = next_run(words, next, most)?;
-            next = run.0 + run.1;
-            Some(run)
-        })
-        .collect()
-    }
-
-    #[test]
-    fn runs_are_found_at_word_edges_and_cut_at_the_batch() {
-        assert_eq!(runs(&[], 4), []);
-        assert_eq!(runs(&[0, 0], 4), []);
-        assert_eq!(runs(&[1 << 63, 1], 64), [(63, 2)]);
-        assert_eq!(runs(&[0b1011, 0, 1 << 63], 64), [(0, 2), (3, 1), (191, 1)]);
-        assert_eq!(runs(&[u64::MAX, u64::MAX], 50), [(0, 50), (50, 50), (100, 28)]);
-    }
-
-    #[test]
-    fn pages_left_agree_with_counting_bits() {
-        let words = [0xf0f0, 0, u64::MAX, 1 << 63];
-        for next in 0..300 {
-            let naive = (next..256).filter(|at| words[(at / 64) as usize] >> (at % 64) & 1 == 1).count() as u64;
-            assert_eq!(pages_from(&words, next), naive, "{next}");
-        }
-    }
-
-    #[test]
-    fn a_page_is_zero_if_every_byte_is() {
-        let mut page = vec![0; PAGE];
-        assert!(is_zero(&page));
-        for at in [0, 1, 63, 64, 65, 4094, 4095] {
-            page[at] = 1;
-            assert!(!is_zero(&page), "{at}");
-            page[at] = 0;
         }
     }
 }

@@ -9,7 +9,7 @@
 //!                                discarded there, resolved)
 //! ```
 //!
-//! An entry is `u32 length, u32 crc32(payload), payload`; a payload is `u8 mark, u8 by operator, fields`. An entry cut
+//! An entry is `u16 length, u16 !length, u32 crc32(payload), payload`; a payload is `u8 mark, u8 by operator, fields`. An entry cut
 //! short at the end was never reported as written, so nothing was done on its strength: it is dropped. An entry of full
 //! length with a wrong checksum may have been: the journal is damaged and its migration in doubt.
 
@@ -123,7 +123,9 @@ pub struct Journal {
 
 fn entry(payload: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(payload.len() + 8);
-    bytes.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+    let length = payload.len() as u16;
+    bytes.extend_from_slice(&length.to_le_bytes());
+    bytes.extend_from_slice(&(!length).to_le_bytes());
     bytes.extend_from_slice(&crc32fast::hash(payload).to_le_bytes());
     bytes.extend_from_slice(payload);
     bytes
@@ -199,7 +201,12 @@ fn parse(id: MigrationId, bytes: &[u8]) -> Result<Option<(Story, u64)>, JournalE
     let mut rest = bytes;
     while let Some((head, tail)) = rest.split_at_checked(8) {
         let at = bytes.len() - rest.len();
-        let length = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
+        let length = u16::from_le_bytes([head[0], head[1]]);
+        // A damaged length must not pass for an entry that was cut short.
+        if u16::from_le_bytes([head[2], head[3]]) != !length {
+            return Err(damaged(format!("a damaged length at {at}")));
+        }
+        let length = usize::from(length);
         let checksum = u32::from_le_bytes([head[4], head[5], head[6], head[7]]);
         if length > ENTRY_MAX || length == 0 {
             return Err(damaged(format!("an entry of {length} bytes at {at}")));

@@ -279,6 +279,23 @@ fn the_builder_refuses_what_the_parser_would() {
     }
 }
 
+/// spec: STREAM-12
+#[test]
+fn bytes_left_over_and_bytes_missing_are_errors() {
+    for (name, record) in samples() {
+        let bytes = bytes_of(&mut Encoder::new(ID), &record);
+        let payload = &bytes[HEADER_LENGTH..];
+        let longer = [payload, &[0]].concat();
+        // A kind that ends in opaque bytes or text takes any number of them, as other contents.
+        let open =
+            matches!(record.kind(), Kind::Refuse | Kind::DeviceState | Kind::Abort | Kind::Aborted | Kind::Outcome);
+        assert_eq!(Record::parse(record.kind(), &longer).is_err(), !open, "{name}");
+        if !open {
+            assert!(Record::parse(record.kind(), &payload[..payload.len() - 1]).is_err(), "{name}");
+        }
+    }
+}
+
 #[test]
 fn reasons_are_cut_at_a_characters_edge() {
     let long = "\u{20ac}".repeat(REASON_CAP);
