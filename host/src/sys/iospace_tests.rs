@@ -27,7 +27,7 @@ fn map(memory: &Arc<Mapping>, iova: u64, length: u64) -> IoMap {
     IoMap { iova, length, memory: memory.clone(), offset: 0, read: true, write: true }
 }
 
-/// spec: DMA-1
+/// spec: DEVDMA-1
 #[test]
 fn overlapping_maps_are_refused_and_adjacent_ones_are_not() {
     let (space, memory) = (space(), memory(4));
@@ -60,7 +60,7 @@ fn a_map_that_cannot_be_is_refused_before_the_kernel_sees_it() {
     assert!(kernel(&space).is_empty());
 }
 
-/// spec: DMA-2
+/// spec: DEVDMA-2
 #[test]
 fn devices_of_one_vm_map_once_and_the_last_one_unmaps() {
     let (space, memory) = (space(), memory(4));
@@ -81,7 +81,7 @@ fn devices_of_one_vm_map_once_and_the_last_one_unmaps() {
     assert_eq!(Arc::strong_count(&memory), 2, "only the test and `range` still hold the memory");
 }
 
-/// spec: DMA-3
+/// spec: DEVDMA-3
 #[test]
 fn an_unmap_that_cuts_a_map_changes_nothing() {
     let (space, memory) = (space(), memory(4));

@@ -120,7 +120,7 @@ impl Globals {
         match unsafe { probe(self.state, &raw const identity) } {
             abi::PROBE_CLAIM => Ok(true),
             abi::PROBE_DECLINE => Ok(false),
-            code => Err(errno(code)),
+            code => Err(errno(code, Errno::PROTO)),
         }
     }
 
@@ -501,7 +501,7 @@ impl OpenDevice {
         let event = abi::Event { struct_size: size_of::<abi::Event>() as u32, kind, args };
         // SAFETY: as in `rw`.
         let code = self.call(frame, |ctx| unsafe { hook(self.state, ctx, &raw const event) });
-        if code < 0 { Err(errno(code)) } else { Ok(()) }
+        if code < 0 { Err(errno(code, Errno::PROTO)) } else { Ok(()) }
     }
 }
 
@@ -521,6 +521,6 @@ fn verdict(code: i32) -> Verdict {
     match code {
         abi::VERDICT_HANDLED => Verdict::Handled,
         abi::VERDICT_FORWARD => Verdict::Forward,
-        code => Verdict::Deny(errno(code)),
+        code => Verdict::Deny(errno(code, Errno::IO)),
     }
 }

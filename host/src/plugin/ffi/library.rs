@@ -341,3 +341,53 @@ unsafe fn describe(plugin: &abi::Plugin) -> Result<(String, String, String, Vec<
     }
     Ok((name, version, vendor, matches))
 }
+
+#[cfg(test)]
+mod tests {
+    use abi_stable::StableAbi;
+
+    use super::*;
+
+    mod ours {
+        #[repr(C)]
+        #[derive(abi_stable::StableAbi)]
+        pub struct Table {
+            pub hook: Option<unsafe extern "C" fn(offset: u64) -> i32>,
+            pub count: u32,
+        }
+    }
+
+    #[allow(dead_code)]
+    mod theirs {
+        #[repr(C)]
+        #[derive(abi_stable::StableAbi)]
+        pub struct Table {
+            pub hook: Option<unsafe extern "C" fn(offset: u32) -> i32>,
+            pub count: u64,
+            pub more: u32,
+        }
+    }
+
+    /// spec: LOAD-5
+    #[test]
+    fn layout_differences_are_told_one_line_per_leaf_and_seen_from_both_sides() {
+        let (ours, theirs) = (<ours::Table as StableAbi>::LAYOUT, <theirs::Table as StableAbi>::LAYOUT);
+        assert_eq!(compare(ours, ours), Ok(()));
+        for (interface, implementation) in [(ours, theirs), (theirs, ours)] {
+            let text = compare(interface, implementation).unwrap_err();
+            println!("{text}");
+            assert!(text.lines().count() <= 17, "{text}");
+            assert!(text.lines().all(|line| line.len() < 400), "{text}");
+            assert!(
+                text.contains("expected 2 fields, found 3") || text.contains("expected 3 fields, found 2"),
+                "{text}"
+            );
+        }
+    }
+
+    /// spec: LOAD-5
+    #[test]
+    fn the_abi_compared_with_itself_is_the_same() {
+        assert_eq!(compare(layout::root_layout(), layout::root_layout()), Ok(()));
+    }
+}

@@ -21,16 +21,16 @@ pub use library::Library;
 use rustix::io::Errno;
 use vfio_mediate_sdk::abi;
 
-/// A status as the ABI has it: 0 or `-errno`. Anything else is the plug-in's fault.
+/// A status as the ABI has it: 0 or `-errno`. Anything else is the plug-in's fault, and EPROTO.
 fn status(code: i32) -> Result<(), Errno> {
-    if code == 0 { Ok(()) } else { Err(errno(code)) }
+    if code == 0 { Ok(()) } else { Err(errno(code, Errno::PROTO)) }
 }
 
-/// The errno of a negative answer; EIO for numbers that are none.
-fn errno(code: i32) -> Errno {
+/// The errno of a negative answer; `otherwise` for numbers that are none.
+fn errno(code: i32, otherwise: Errno) -> Errno {
     match code.checked_neg() {
         Some(number) if (1..4096).contains(&number) => Errno::from_raw_os_error(number),
-        _ => Errno::IO,
+        _ => otherwise,
     }
 }
 
@@ -117,13 +117,16 @@ unsafe fn entries<'a, T>(first: *const T, count: usize, what: &str) -> Result<&'
 mod tests {
     use super::*;
 
+    /// spec: REG-15, ABI-STATUS
     #[test]
-    fn numbers_that_are_no_errno_become_eio() {
+    fn numbers_that_are_no_errno_break_the_contract() {
         for code in [i32::MIN, -4096, 1, 2, i32::MAX] {
-            assert_eq!(errno(code), Errno::IO, "{code}");
+            assert_eq!(status(code), Err(Errno::PROTO), "{code}");
+            assert_eq!(errno(code, Errno::IO), Errno::IO, "{code}");
         }
-        assert_eq!(errno(-1), Errno::PERM);
-        assert_eq!(errno(-4095).raw_os_error(), 4095);
+        assert_eq!(status(0), Ok(()));
+        assert_eq!(status(-1), Err(Errno::PERM));
+        assert_eq!(status(-4095), Err(Errno::from_raw_os_error(4095)));
     }
 
     #[test]

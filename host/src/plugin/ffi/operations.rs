@@ -75,7 +75,7 @@ impl PluginMigration<'_> {
         let end = match code {
             abi::SAVE_MORE => false,
             abi::SAVE_END => true,
-            code => return Err(errno(code)),
+            code => return Err(errno(code, Errno::PROTO)),
         };
         // More bytes than there was room for, or a stream that goes on for ever without any.
         if bytes > capacity || (bytes == 0 && capacity > 0 && !end) {
