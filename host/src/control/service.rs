@@ -1,6 +1,5 @@
 //! What the control socket asks, answered by a [`Host`].
 
-use std::net::ToSocketAddrs;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,22 +29,11 @@ impl HostService {
         Arc::new(Self { host, stop: Arc::new(stop) })
     }
 
-    fn migrate(&self, to: &str, insecure: bool, verify: bool) -> Result<Answer, Failure> {
-        let addresses = to.to_socket_addrs().map_err(|error| Failure::refused(format!("{to}: {error}")))?;
-        let address = addresses.into_iter().next().ok_or_else(|| Failure::refused(format!("{to}: no such address")))?;
-        if !address.ip().is_loopback() && !insecure {
-            return Err(Failure::refused(format!(
-                "{address} is beyond this machine, and the stream is neither encrypted nor authenticated: allow it with --insecure"
-            )));
-        }
-        self.host.migrate(address, verify).map(Answer::Follow)
-    }
-
     fn act(&self, request: Request) -> Result<Answer, Failure> {
         let done = |note: String| Answer::Now(Response::Done { note });
         match request {
             Request::Status {} => Ok(Answer::Now(Response::Status(Box::new(status(&self.host))))),
-            Request::Migrate { to, insecure, verify } => self.migrate(&to, insecure, verify),
+            Request::Migrate { to, insecure, verify } => self.host.migrate(&to, insecure, verify).map(Answer::Follow),
             Request::Cancel {} => self.host.cancel().map(|()| done("asked for".to_owned())),
             Request::Resolve { id, run } => self.host.resolve(&id, run).map(done),
             Request::Stop { force } => {
@@ -66,16 +54,18 @@ impl Service for HostService {
 
 fn status(host: &Host) -> Status {
     let (guest, explanation) = host.ownership();
-    let shown = host.with_machine(|machine| {
-        let devices = machine.devices.iter().map(|device| device_status(device)).collect();
-        let plugins = machine.registry.list().into_iter().map(|plugin| PluginStatus {
+    // Devices and plug-ins are asked under no lock of the host's.
+    let parts = host
+        .with_machine(|machine| (machine.memory.ram().size(), machine.devices.clone(), Arc::clone(&machine.registry)));
+    let (memory_bytes, devices, plugins) = parts.map_or_else(Default::default, |(bytes, devices, registry)| {
+        let devices = devices.iter().map(|device| device_status(device)).collect();
+        let plugins = registry.list().into_iter().map(|plugin| PluginStatus {
             name: plugin.name,
             version: plugin.version,
             path: plugin.path.display().to_string(),
         });
-        (machine.memory.ram().size(), devices, plugins.collect())
+        (bytes, devices, plugins.collect())
     });
-    let (memory_bytes, devices, plugins) = shown.unwrap_or_default();
     Status {
         program_version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),

@@ -382,6 +382,8 @@ impl NativeDmaLogging for FakeLogging {
 
 type Access = dyn Fn(&dyn HostCalls, usize, u64, &mut [u8]) -> Verdict + Send + Sync;
 
+type EventHook = dyn Fn(&dyn HostCalls, Event) -> std::result::Result<(), Errno> + Send + Sync;
+
 /// A plug-in's device as a test scripts it.
 pub struct Script {
     pub calls: Arc<dyn HostCalls>,
@@ -395,7 +397,7 @@ pub struct Script {
     pub stand_in: Box<dyn Fn() -> MmapAnswer + Send + Sync>,
     pub fired: Box<dyn Fn(u32) -> Verdict + Send + Sync>,
     pub set_irqs: Box<dyn Fn(u32, u32) -> Verdict + Send + Sync>,
-    pub event: Box<dyn Fn(&dyn HostCalls, Event) -> std::result::Result<(), Errno> + Send + Sync>,
+    pub event: Box<EventHook>,
     pub migration: Option<ScriptMigration>,
     pub dirty: Option<ScriptDirty>,
     pub closed: Option<Arc<AtomicU64>>,

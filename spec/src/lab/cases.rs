@@ -32,7 +32,14 @@ pub struct Case {
 const DEMO: &str = "--plugin /case/libvfio_mediate_plugin_edu.so --memory 32M --dirty-rate 200 --rounds 2";
 
 pub fn all(programs: &Programs) -> Vec<Case> {
-    vec![devices(programs), mtty(programs), vf_token(programs), demo(programs), demo_pair(programs)]
+    vec![
+        devices(programs),
+        mtty(programs),
+        mtty_hosts(programs),
+        vf_token(programs),
+        demo(programs),
+        demo_pair(programs),
+    ]
 }
 
 fn machine(programs: &[&PathBuf], script: &str) -> Machine {
@@ -58,17 +65,23 @@ exit $code";
     }
 }
 
-fn mtty(programs: &Programs) -> Case {
-    let script = "
+/// Two mediated devices of the kernel's sample driver, named $one and $two.
+const MTTY_PAIR: &str = "
 parent=/sys/devices/virtual/mtty/mtty
 type=$(ls $parent/mdev_supported_types | head -n 1)
 one=83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
 two=83b8f4f2-509f-382f-3c1e-e6bfe0fa1002
 echo $one >$parent/mdev_supported_types/$type/create
-echo $two >$parent/mdev_supported_types/$type/create
+echo $two >$parent/mdev_supported_types/$type/create";
+
+fn mtty(programs: &Programs) -> Case {
+    let script = format!(
+        "{MTTY_PAIR}
 code=0
 for open in group cdev; do device-suite mtty $open $one $two || code=1; done
-exit $code";
+exit $code"
+    );
+    let script = &script;
     let mut machine = machine(&[&programs.device_suite], script);
     machine.modules = vec!["mtty"];
     machine.vfs = 0;
@@ -96,6 +109,39 @@ exit $code";
     Case {
         name: "vf-token",
         about: "a VF of a PF on vfio-pci opens with the PF's token only, by group and by cdev",
+        machine,
+        pair: false,
+        least_ok: 2,
+    }
+}
+
+/// The kernel's own migration v2 under two real hosts: no plug-in, no guest, the operator's commands.
+fn mtty_hosts(programs: &Programs) -> Case {
+    let script = format!(
+        "{MTTY_PAIR}
+code=0
+for open in group cdev; do
+    vfio-mediate run --device vfio:$two --open $open --memory 1M --downtime-ms-max 5000 --control /tmp/b.$open --state-dir /tmp/b.$open.d --listen 127.0.0.1:7000 &
+    vfio-mediate run --device vfio:$one --open $open --memory 1M --downtime-ms-max 5000 --control /tmp/a.$open --state-dir /tmp/a.$open.d &
+    n=0
+    until vfio-mediate status --control /tmp/a.$open >/tmp/status && vfio-mediate status --control /tmp/b.$open >/tmp/status; do
+        n=$((n + 1)); [ $n -lt 100 ] || exit 1; sleep 0.1
+    done 2>/dev/null
+    vfio-mediate migrate --control /tmp/a.$open --to 127.0.0.1:7000 || exit 1
+    vfio-mediate status --control /tmp/b.$open | grep RUNNING || exit 1
+    echo \"ok  $open $one -> $two mtty: its own migration v2 moved it between two hosts\"
+    vfio-mediate stop --control /tmp/a.$open
+    vfio-mediate stop --control /tmp/b.$open
+    wait
+done"
+    );
+    let mut machine = machine(&[&programs.host], &script);
+    machine.modules = vec!["mtty"];
+    machine.vfs = 0;
+    machine.edus = 0;
+    Case {
+        name: "mtty-hosts",
+        about: "two hosts migrate the kernel's mtty device, which no plug-in claims",
         machine,
         pair: false,
         least_ok: 2,

@@ -93,7 +93,7 @@ impl From<StartError> for CliError {
         let exit = match &error {
             StartError::Machine(_) => Exit::Check,
             StartError::InDoubt { .. } => Exit::InDoubt,
-            StartError::GuestElsewhere { .. } => Exit::Refused,
+            StartError::GuestElsewhere { .. } | StartError::StateInUse { .. } => Exit::Refused,
             _ => Exit::Failed,
         };
         Self::new(exit, chain(&error))

@@ -1,6 +1,6 @@
 //! `run`: a host until it is told to end.
 
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -66,7 +66,11 @@ fn log_to_stderr() {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_env("VFIO_MEDIATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // An embedder may have set one already: then it keeps it.
-    let _set = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _set = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .try_init();
 }
 
 /// SIGTERM and SIGINT end the host in good order; a second one ends it at once.

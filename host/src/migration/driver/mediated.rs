@@ -224,6 +224,14 @@ impl DestinationHost for MediatedHost {
         let mut devices = Vec::new();
         for device in &self.devices {
             let flags = device.migratable().map_err(|error| HostError::Refused(error.to_string()))?;
+            let state = device.state();
+            if state != DeviceState::Running {
+                // A device without a reset cannot shed what a failed migration left in it.
+                let name = &device.identity().name;
+                let reason =
+                    format!("{name} is in {state} since an earlier migration failed: restart the destination's host");
+                return Err(HostError::Refused(reason));
+            }
             devices.push((flags, report_of(device)));
         }
         let fresh = self.fresh.load(Ordering::Acquire);

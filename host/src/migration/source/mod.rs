@@ -548,7 +548,10 @@ impl Source {
     fn end_round(&mut self, now: u64) {
         let us = now.saturating_sub(self.round_began_us);
         self.round.ms = us as f64 / 1000.0;
-        self.convergence.round(self.round.bytes, us);
+        // What a round settled, not only what it sent: else memory full of zeroes would look like a slow link, on which
+        // no device state, however small, seems to fit into the downtime.
+        let settled = self.round.pages.saturating_mul(u64::from(crate::migration::wire::PAGE_SIZE));
+        self.convergence.round(self.round.bytes.max(settled), us);
         self.rounds.push(self.round.clone());
     }
 
