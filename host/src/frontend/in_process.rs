@@ -7,7 +7,8 @@
 //!  RUNNING -- pause --> PAUSING -- last thread parked or gone --> PAUSED -- resume --> RUNNING
 //!                          +-- deadline passed: back to RUNNING, all of them --+
 //! ```
-//! Locks: one, over the counts; never held while guest code, a device or memory is touched.
+//! Locks: `threads`, over the counts, never held while guest code, a device or memory is touched; `dirt`, over the watch,
+//! held while it is read. Neither is taken under the other.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -153,12 +154,13 @@ impl Drop for GuestThread {
 impl VmmPort for InProcess {
     fn pause(&self, deadline: Instant) -> Result<(), VmmError> {
         let mut threads = lock(&self.threads);
+        let before = threads.paused;
         threads.paused = true;
         // Threads of a guest that has ended go instead of parking; until they have gone they may be in a step.
         while threads.parked < threads.attached {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                threads.paused = false;
+                threads.paused = before;
                 let running = threads.attached - threads.parked;
                 self.changed.notify_all();
                 let what = format!("{running} guest threads did not come to a checkpoint in time");
@@ -312,6 +314,18 @@ mod tests {
         let error = machine.pause(Instant::now()).unwrap_err();
         assert_eq!(error.errno, Errno::TIMEDOUT);
         assert!(stubborn.checkpoint(), "runs on without waiting");
+    }
+
+    /// spec: GUEST-1
+    #[test]
+    fn a_thread_of_an_ended_guest_is_waited_for_until_it_is_gone() {
+        let machine = machine();
+        machine.resume().unwrap();
+        let busy = machine.attach();
+        machine.end();
+        assert_eq!(machine.pause(Instant::now()).unwrap_err().errno, Errno::TIMEDOUT);
+        drop(busy);
+        machine.pause(soon()).unwrap();
     }
 
     #[test]

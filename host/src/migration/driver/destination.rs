@@ -260,7 +260,14 @@ impl<'h> DestinationDriver<'h> {
     fn match_offer(&mut self) -> Performed {
         let shape = match self.job.host.shape() {
             Ok(shape) => shape,
-            Err(error) => return Performed::Event(Event::Failed(error.into())),
+            // The source's operator needs the reason as much as ours.
+            Err(error) => {
+                let (code, reason) = match Cause::from(error) {
+                    Cause::Refused { code, reason } => (code, reason),
+                    other => (RefuseCode::Busy, other.to_string()),
+                };
+                return Performed::Event(Event::Matched(Err((code, reason))));
+            }
         };
         let matched = match self.connection.decoder.record() {
             Ok(Some(Record::Hello(hello))) => match_hello(&hello, &shape, self.job.host),
