@@ -156,7 +156,7 @@ fn reachable(size: u64, ranges: &[IovaRange]) -> Vec<IovaMapping> {
 mod tests {
     use super::*;
 
-    /// spec: CTL-40
+    /// spec: CONTROL-46
     #[test]
     fn guest_memory_is_mapped_around_what_the_iommu_keeps() {
         let msi = [IovaRange { iova: 0, last: 0xfedf_ffff }, IovaRange { iova: 0xfef0_0000, last: u64::MAX }];

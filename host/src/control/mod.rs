@@ -1,4 +1,15 @@
 //! The operator's side: configuration, control socket, commands, doctor, and the host that puts everything together.
+//!
+//! **Owns** what a person or a script says to a host ([`cli`], [`socket`], [`config`]) and whose guest it is ([`host`]). **Must
+//! never** let the guest run against the journal's word, take an address beyond loopback without the operator's, or let a
+//! client hold up a migration.
+//!
+//! ```text
+//!   cli --lines of JSON--> socket --Request--> service --> host --> machine (devices, memory, plug-ins)
+//!                                                           |------> migration (out, in), journal
+//!                                                           '------> embedder (the VMM)
+//! ```
+//! Locks: `host`'s state and machine, `socket`'s clients and jobs: leaves, none taken under another.
 
 pub mod address;
 pub mod cli;

@@ -54,16 +54,18 @@ impl Service for HostService {
 
 fn status(host: &Host) -> Status {
     let (guest, explanation) = host.ownership();
-    let shown = host.with_machine(|machine| {
-        let devices = machine.devices.iter().map(|device| device_status(device)).collect();
-        let plugins = machine.registry.list().into_iter().map(|plugin| PluginStatus {
+    // Devices and plug-ins are asked under no lock of the host's.
+    let parts = host
+        .with_machine(|machine| (machine.memory.ram().size(), machine.devices.clone(), Arc::clone(&machine.registry)));
+    let (memory_bytes, devices, plugins) = parts.map_or_else(Default::default, |(bytes, devices, registry)| {
+        let devices = devices.iter().map(|device| device_status(device)).collect();
+        let plugins = registry.list().into_iter().map(|plugin| PluginStatus {
             name: plugin.name,
             version: plugin.version,
             path: plugin.path.display().to_string(),
         });
-        (machine.memory.ram().size(), devices, plugins.collect())
+        (bytes, devices, plugins.collect())
     });
-    let (memory_bytes, devices, plugins) = shown.unwrap_or_default();
     Status {
         program_version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),

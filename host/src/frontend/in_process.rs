@@ -13,6 +13,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::device::{IrqAction, IrqData, IrqSet};
@@ -89,16 +90,57 @@ impl GuestThread {
     /// Waits while the guest is paused. Between two checkpoints the guest cannot be paused: keep it short. False: the
     /// guest has ended, and this thread must touch nothing any more.
     pub fn checkpoint(&self) -> bool {
-        let mut threads = lock(&self.machine.threads);
-        if threads.paused && !threads.ended {
-            threads.parked += 1;
-            self.machine.changed.notify_all();
-            while threads.paused && !threads.ended {
-                threads = self.machine.changed.wait(threads).unwrap_or_else(PoisonError::into_inner);
+        {
+            let threads = lock(&self.machine.threads);
+            if !threads.paused || threads.ended {
+                return !threads.ended;
             }
-            threads.parked -= 1;
         }
-        !threads.ended
+        Parked::new(&self.machine).leave()
+    }
+
+    /// Does something that touches neither the guest's memory nor its devices, such as a wait for an interrupt: the guest
+    /// may be paused, and even move, meanwhile. Afterwards as [`Self::checkpoint`].
+    pub fn idle<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
+        let parked = Parked::new(&self.machine);
+        let done = work();
+        parked.leave().then_some(done)
+    }
+
+    pub fn machine(&self) -> &Arc<InProcess> {
+        &self.machine
+    }
+}
+
+/// A thread that counts as waiting.
+struct Parked<'a>(&'a InProcess);
+
+impl<'a> Parked<'a> {
+    fn new(machine: &'a InProcess) -> Self {
+        lock(&machine.threads).parked += 1;
+        machine.changed.notify_all();
+        Self(machine)
+    }
+
+    /// Waits while the guest is paused. Counting as running again and finding it not paused are one step: a pause that
+    /// came in between would have counted this thread as waiting. False: the guest has ended.
+    fn leave(self) -> bool {
+        let mut threads = lock(&self.0.threads);
+        while threads.paused && !threads.ended {
+            threads = self.0.changed.wait(threads).unwrap_or_else(PoisonError::into_inner);
+        }
+        threads.parked -= 1;
+        let ended = threads.ended;
+        drop(threads);
+        std::mem::forget(self);
+        !ended
+    }
+}
+
+impl Drop for Parked<'_> {
+    /// The work panicked: its thread is about to go.
+    fn drop(&mut self) {
+        lock(&self.0.threads).parked -= 1;
     }
 }
 
@@ -114,7 +156,7 @@ impl VmmPort for InProcess {
         let mut threads = lock(&self.threads);
         let before = threads.paused;
         threads.paused = true;
-        // A thread of a guest that has ended is waited for too, until it is gone: it may be between two checkpoints.
+        // Threads of a guest that has ended go instead of parking; until they have gone they may be in a step.
         while threads.parked < threads.attached {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -183,9 +225,35 @@ impl IrqLine {
         Ok(Self { event })
     }
 
-    /// Waits until the vector fires, at most `patience`; takes it. How often it fired since.
+    /// Waits until the vector fires, at most `patience`; takes it. How often it fired since. Not for
+    /// [`GuestThread::idle`]: an interrupt that is taken while the guest moves is lost.
     pub fn wait(&self, patience: Duration) -> Result<u64, Errno> {
         self.event.wait(Instant::now() + patience)
+    }
+
+    /// Waits until the vector has fired, at most `patience`, and takes nothing: for [`GuestThread::idle`].
+    pub fn wait_pending(&self, patience: Duration) -> Result<bool, Errno> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
+            match poll(&mut [PollFd::new(&self.event, PollFlags::IN)], Some(&timeout)) {
+                Ok(ready) => return Ok(ready > 0),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    /// Takes what has fired, without waiting.
+    pub fn take(&self) -> Result<u64, Errno> {
+        self.event.read()
+    }
+
+    /// Fires it once more, as a guest that arrived may want: what was pending at the source and had not been taken is not in
+    /// its memory. An interrupt may be repeated; it must not be lost.
+    pub fn repeat(&self) -> Result<(), Errno> {
+        self.event.signal(1)
     }
 }
 
@@ -265,6 +333,44 @@ mod tests {
         let machine = machine();
         machine.resume().unwrap();
         drop(machine.attach());
+        machine.pause(soon()).unwrap();
+    }
+
+    /// spec: GUEST-4
+    #[test]
+    fn an_idle_thread_does_not_hold_up_a_pause_and_does_not_run_after_it() {
+        let machine = machine();
+        machine.resume().unwrap();
+        let (wake, woken) = std::sync::mpsc::channel::<()>();
+        let ran = Arc::new(AtomicU64::new(0));
+        let idle = {
+            let (thread, ran) = (machine.attach(), Arc::clone(&ran));
+            std::thread::spawn(move || {
+                let slept = thread.idle(|| woken.recv().is_ok());
+                ran.fetch_add(1, Ordering::SeqCst);
+                slept
+            })
+        };
+        machine.pause(soon()).unwrap();
+        wake.send(()).unwrap();
+        for _ in 0..100 {
+            std::thread::yield_now();
+        }
+        assert!(machine.is_paused());
+        assert_eq!(ran.load(Ordering::SeqCst), 0, "awake, and not running");
+        machine.resume().unwrap();
+        assert_eq!(idle.join().unwrap(), Some(true));
+    }
+
+    #[test]
+    fn a_pause_waits_for_the_threads_of_a_guest_that_has_ended() {
+        let machine = machine();
+        machine.resume().unwrap();
+        let thread = machine.attach();
+        machine.end();
+        assert!(machine.pause(Instant::now()).is_err(), "it may still be in a step");
+        assert!(!thread.checkpoint() && thread.idle(|| ()).is_none());
+        drop(thread);
         machine.pause(soon()).unwrap();
     }
 

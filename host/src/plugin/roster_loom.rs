@@ -97,9 +97,9 @@ fn loom_an_open_during_registration_sees_all_or_nothing() {
 /// spec: REG-8 REG-9
 #[test]
 fn loom_the_last_of_closers_and_unregistration_retires_once_and_nothing_runs_afterwards() {
-    // All interleavings take a minute and a half, and were explored; those of three preemptions take seconds.
+    // All interleavings take a minute and a half, and were explored; those of five preemptions take seconds.
     let mut bounded = loom::model::Builder::new();
-    bounded.preemption_bound = Some(3);
+    bounded.preemption_bound = Some(5);
     bounded.check(|| {
         let (roster, id, fake) = registered();
         let threads: Vec<_> = (0..2)

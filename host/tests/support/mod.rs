@@ -56,8 +56,10 @@ pub fn build_plugin(package: &str) -> PathBuf {
 /// Compiles C into `name`, with macros (`NAME` or `NAME=value`) and further arguments.
 pub fn compile(name: &str, source: impl AsRef<Path>, macros: &[&str], arguments: &[&str]) -> PathBuf {
     let file = folder().join(name);
-    // Another process may be loading it.
-    let fresh = folder().join(format!("{name}.{}", std::process::id()));
+    // Another thread or process may be loading it, or building the same.
+    static BUILDS: AtomicU32 = AtomicU32::new(0);
+    let build = BUILDS.fetch_add(1, Ordering::Relaxed);
+    let fresh = folder().join(format!("{name}.{}.{build}", std::process::id()));
     let output = Command::new("gcc")
         .args(["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-I"])
         .arg(root().join("spec/include"))

@@ -46,6 +46,20 @@ fn a_whole_file_becomes_a_whole_configuration() {
     assert_eq!(config.limits.pause_ms_max, None);
 }
 
+#[test]
+fn the_operators_page_has_a_file_that_works_once_its_comments_are_switched_on() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/operator.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let example = page.split("```toml").nth(1).unwrap().split("```").next().unwrap();
+    let config = parse(example).unwrap().finish().unwrap();
+    assert_eq!(config.limits.downtime_ms_max, Some(300));
+    // The key list in the last comment is no line of a file.
+    let all: Vec<&str> = example.lines().filter(|line| !line.contains(": deadlines")).collect();
+    let all = all.join("\n").replace("\n# ", "\n");
+    let config = parse(&all).unwrap().finish().unwrap();
+    assert!(config.insecure && config.listen.is_some() && config.devices[0].vf_token.is_some());
+}
+
 /// spec: CONTROL-4
 #[test]
 fn every_error_names_file_line_and_key() {
