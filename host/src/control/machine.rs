@@ -55,33 +55,47 @@ impl Machine {
             }
             registry.register(library, Limits { devices_max: DEVICES_OF_A_PLUGIN_MAX })?;
         }
-        let ram = GuestRam::new(config.memory.bytes())?;
-        let memory = AddressSpace::new(ram);
+        let memory = AddressSpace::new(GuestRam::new(config.memory.bytes())?);
+        // Dropped on an error, it lets go of what is open by then.
+        let mut machine = Self { devices: Vec::with_capacity(config.devices.len()), memory, registry };
         let mut opener = Opener::default();
-        let mut devices = Vec::with_capacity(config.devices.len());
         for wanted in &config.devices {
             let device = opener.open(wanted)?;
-            let name = device.identity().name.clone();
-            let ranges = device.iova_ranges();
-            let failed = |source| MachineError::Mediation { device: name.clone(), source };
-            let mediated = MediatedDevice::open(device, &registry, Arc::clone(&memory)).map_err(failed)?;
-            let maps = reachable(memory.ram().size(), &ranges);
-            if maps.is_empty() {
-                return Err(MachineError::Unreachable { device: name });
-            }
-            for map in maps {
-                mediated.dma_map(map).map_err(failed)?;
-            }
-            devices.push(mediated);
+            machine.add(device)?;
         }
-        Ok(Self { devices, memory, registry })
+        Ok(machine)
+    }
+
+    fn add(&mut self, device: Arc<dyn Device>) -> Result<(), MachineError> {
+        let name = device.identity().name.clone();
+        let ranges = device.iova_ranges();
+        let failed = |source| MachineError::Mediation { device: name.clone(), source };
+        let mediated = MediatedDevice::open(device, &self.registry, Arc::clone(&self.memory)).map_err(failed)?;
+        let maps = reachable(self.memory.ram().size(), &ranges);
+        if maps.is_empty() {
+            return Err(MachineError::Unreachable { device: name });
+        }
+        for map in maps {
+            mediated.dma_map(map).map_err(failed)?;
+        }
+        self.devices.push(mediated);
+        Ok(())
     }
 
     /// Closes the devices, then retires the plug-ins.
-    pub fn close(self, deadline: Instant) -> Result<(), UnregisterError> {
-        let Self { devices, memory: _, registry } = self;
-        drop(devices);
-        registry.shutdown(deadline)
+    pub fn close(mut self, deadline: Instant) -> Result<(), UnregisterError> {
+        self.devices.clear();
+        self.registry.shutdown(deadline)
+    }
+}
+
+/// A machine that is not closed, because something after it failed, retires its plug-ins as soon as its devices are let go.
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.devices.clear();
+        if let Err(busy) = self.registry.shutdown(Instant::now()) {
+            tracing::info!(%busy, "a plug-in retires when its devices are let go");
+        }
     }
 }
 

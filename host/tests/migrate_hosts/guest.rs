@@ -42,6 +42,11 @@ impl Guest<'_> {
         self.get(STEPS)
     }
 
+    /// How often device 0 was put to work.
+    pub fn rungs(&self) -> u64 {
+        self.get(RUNGS)
+    }
+
     fn get(&self, at: u64) -> u64 {
         self.ram.load_u64(at, Ordering::Acquire).unwrap()
     }

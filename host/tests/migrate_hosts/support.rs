@@ -270,6 +270,20 @@ impl Side {
         Guest { ram: vm.machine.memory().ram().mapping(), devices: &[] }.steps()
     }
 
+    /// Keeps the next migration out of its downtime until device 0 has written memory that was sent before.
+    pub fn wait_for_dma_before_pausing(&self) {
+        let world = Arc::downgrade(&self.world);
+        self.on_phase(move |role, phase| {
+            let Some(world) = world.upgrade().filter(|_| (role, phase) == (Role::Source, Phase::Pausing)) else {
+                return;
+            };
+            let machine = &world.vm.get().unwrap().machine;
+            let guest = Guest { ram: machine.memory().ram().mapping(), devices: &[] };
+            let before = guest.rungs();
+            until("two DMAs", || guest.rungs() > before + 2);
+        });
+    }
+
     /// Whether the guest may execute here.
     pub fn runs(&self) -> bool {
         let vm = self.vm();
