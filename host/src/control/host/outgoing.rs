@@ -18,7 +18,7 @@ use crate::migration::wire::MigrationId;
 
 /// How often a lost answer is asked for again before the operator is told that it is in doubt, and how long between.
 const SETTLE_TRIES: u32 = 5;
-const SETTLE_PAUSE: Duration = Duration::from_secs(1);
+const SETTLE_PAUSE: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 1000 });
 /// Afterwards it is asked for in ever longer intervals, until somebody resolves it.
 const SETTLE_PAUSE_MAX: Duration = Duration::from_secs(60);
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
