@@ -58,10 +58,7 @@ fn registrations_and_opens_race_and_every_count_balances() {
                         let deadline = if round % 2 == 0 { Instant::now() } else { soon() };
                         match registry.unregister(id, deadline) {
                             Ok(()) => {}
-                            Err(UnregisterError::Busy { .. }) => match registry.unregister(id, soon()) {
-                                Ok(()) | Err(UnregisterError::Unknown) => {}
-                                Err(error) => panic!("{error}"),
-                            },
+                            Err(UnregisterError::Busy { .. }) => registry.unregister(id, soon()).unwrap(),
                             Err(error) => panic!("{error}"),
                         }
                         retired.fetch_add(1, Ordering::Relaxed);

@@ -87,6 +87,7 @@ impl OpenError {
 /// A plug-in was not retired.
 #[derive(Debug, thiserror::Error)]
 pub enum UnregisterError {
+    /// A number that this registry never gave.
     #[error("no such plug-in")]
     Unknown,
     /// It takes no new devices, and retires as soon as these are closed.

@@ -140,20 +140,19 @@ impl Registry {
 
     /// The plug-in takes no new devices from now on. Waits until those that it has are closed and it is retired. On
     /// `Busy` it stays draining: it retires when its last device is closed, and may be unregistered again to wait for it.
+    /// `Ok` also when it had retired before; numbers are not used again.
     pub fn unregister(&self, id: PluginId, deadline: Instant) -> Result<(), UnregisterError> {
-        let listed = self.roster.list().into_iter().find(|entry| entry.id == id).ok_or(UnregisterError::Unknown)?;
         if !self.roster.withdraw(id) {
             return Err(UnregisterError::Unknown);
         }
-        self.roster.wait_gone(id, deadline).map_err(|busy| listed.card.busy(busy))
+        self.roster.wait_gone(id, deadline).map_err(|(card, busy)| card.busy(busy))
     }
 
     /// Unregisters everything, and refuses registrations and opens from now on. `Busy` names one plug-in that is left;
     /// all the others that could retire have.
     pub fn shutdown(&self, deadline: Instant) -> Result<(), UnregisterError> {
         for id in self.roster.close() {
-            // False: somebody else unregistered it meanwhile.
-            let _was_there = self.roster.withdraw(id);
+            let _known = self.roster.withdraw(id);
         }
         self.roster.wait_empty(deadline).map_err(|(card, busy)| card.busy(busy))
     }

@@ -231,10 +231,11 @@ impl<C, M: Member> Roster<C, M> {
         Some(Hold { roster: Arc::clone(self), id, number, member, card })
     }
 
-    /// The member is given to nobody from now on. False: there is no such member.
+    /// The member is given to nobody from now on. False: there never was such a member.
     pub fn withdraw(&self, id: PluginId) -> bool {
         let mut inner = self.lock();
-        let Some(seat) = inner.seat(id) else { return false };
+        let existed = id.0 < inner.next_id;
+        let Some(seat) = inner.seat(id) else { return existed };
         if seat.life == Life::Published {
             seat.life = Life::Draining;
         }
@@ -271,8 +272,8 @@ impl<C, M: Member> Roster<C, M> {
     }
 
     /// Waits until a withdrawn member has retired.
-    pub fn wait_gone(&self, id: PluginId, deadline: Instant) -> Result<(), Busy> {
-        self.wait(deadline, |inner| inner.seats.iter().position(|seat| seat.id == id)).map_err(|(_, busy)| busy)
+    pub fn wait_gone(&self, id: PluginId, deadline: Instant) -> Result<(), (Arc<C>, Busy)> {
+        self.wait(deadline, |inner| inner.seats.iter().position(|seat| seat.id == id))
     }
 
     /// Waits until there is nobody, not even somebody who was being registered when the roster was closed.

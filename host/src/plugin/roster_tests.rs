@@ -60,13 +60,15 @@ fn a_withdrawn_member_is_given_to_nobody_and_retires_with_its_last_hold() {
     assert!(roster.withdraw(id), "a second withdrawal changes nothing");
     assert!(roster.hold(id, "late").is_none());
     assert_eq!(probe.seat(8), Err(Unseated::Withdrawn));
-    assert_eq!(roster.wait_gone(id, now()), Err(Busy(vec!["device".into(), "a probe of other".into()])));
+    let (_, busy) = roster.wait_gone(id, now()).unwrap_err();
+    assert_eq!(busy, Busy(vec!["device".into(), "a probe of other".into()]));
     drop(device);
     assert_eq!(fake.retired(), 0);
     drop(probe);
     assert_eq!(fake.retired(), 1);
     assert_eq!(roster.wait_gone(id, now()), Ok(()));
-    assert!(!roster.withdraw(id), "it is gone");
+    assert!(roster.withdraw(id), "that it is gone is what was wanted");
+    assert!(!Fakes::new().withdraw(id), "another roster's number");
 }
 
 /// spec: REG-2

@@ -129,6 +129,7 @@ mod tests {
         assert_eq!(status(-4095), Err(Errno::from_raw_os_error(4095)));
     }
 
+    /// spec: REG-16
     #[test]
     fn a_shorter_structure_is_filled_with_zeroes_and_a_longer_one_cut() {
         let short = abi::RegionHooks { struct_size: 8, reserved: 7, rw: None, region_info: None, mmap: None };
@@ -141,6 +142,7 @@ mod tests {
             copy_whole(&raw const whole, "hooks").unwrap();
             copy_whole(&raw const short, "hooks").unwrap_err();
             copy_whole(std::ptr::null::<abi::RegionHooks>(), "hooks").unwrap_err();
+            copy_whole((&raw const whole).byte_add(1), "hooks").unwrap_err();
         }
         for size in [0, 3, 4097] {
             let wrong = abi::RegionHooks { struct_size: size, ..short };

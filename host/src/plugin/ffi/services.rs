@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 use vfio_mediate_sdk::abi;
@@ -19,7 +19,9 @@ use crate::plugin::calls::{CallFrame, HostCalls, IrqRequest, IrqRequestData, Ori
 struct Frame<'a> {
     context: abi::CallContext,
     calls: &'a dyn HostCalls,
-    frame: CallFrame<'a>,
+    /// Not read back from the context, which the plug-in could have scribbled over
+    deadline: u64,
+    cancel: Option<&'a AtomicBool>,
     outer: *const Frame<'static>,
 }
 
@@ -34,15 +36,19 @@ thread_local! {
 }
 
 /// Takes a frame out of its thread's list, however its call ends.
-struct Unlink(*const Frame<'static>);
+struct Unlink<'a> {
+    innermost: &'a Cell<*const Frame<'static>>,
+    outer: *const Frame<'static>,
+}
 
-impl Drop for Unlink {
+impl Drop for Unlink<'_> {
     fn drop(&mut self) {
-        INNERMOST.set(self.0);
+        self.innermost.set(self.outer);
     }
 }
 
 /// Runs `call` with a context that is valid until it returns.
+#[inline]
 pub fn with_context<T>(
     calls: &dyn HostCalls,
     frame: CallFrame<'_>,
@@ -59,11 +65,22 @@ pub fn with_context<T>(
         host: std::ptr::null(),
         deadline: frame.deadline,
     };
-    let outer = INNERMOST.get();
-    let linked = Frame { context, calls, frame, outer };
-    INNERMOST.set((&raw const linked).cast());
-    let _unlink = Unlink(outer);
+    // One look-up of the thread's cell for the whole call: it is a good part of what a hook costs.
+    let innermost = innermost();
+    let outer = innermost.get();
+    let linked = Frame { context, calls, deadline: frame.deadline, cancel: frame.cancel, outer };
+    innermost.set((&raw const linked).cast());
+    let _unlink = Unlink { innermost, outer };
     call(&raw const linked.context)
+}
+
+/// This thread's cell. Not to be kept beyond the caller's frame, hence without a lifetime of its own choosing.
+#[inline]
+fn innermost<'a>() -> &'a Cell<*const Frame<'static>> {
+    let cell = INNERMOST.with(std::ptr::from_ref);
+    // SAFETY: the cell has no destructor, so it lives as long as its thread, on whose stack the caller stands; a `Cell` is not
+    // `Sync`, so the reference stays on it.
+    unsafe { &*cell }
 }
 
 /// The host's table. One for all plug-ins and devices: the context says which device is meant.
@@ -318,7 +335,7 @@ unsafe extern "C" fn now(ctx: *const abi::CallContext) -> u64 {
 }
 
 unsafe extern "C" fn wait(ctx: *const abi::CallContext, nanoseconds: u64) -> i32 {
-    serve(ctx, |f| f.calls.wait(nanoseconds, f.frame.deadline, &|| is_cancelled(f)))
+    serve(ctx, |f| f.calls.wait(nanoseconds, f.deadline, &|| is_cancelled(f)))
 }
 
 /// A context that is not valid here has been given up.
@@ -327,8 +344,8 @@ unsafe extern "C" fn cancelled(ctx: *const abi::CallContext) -> i32 {
 }
 
 fn is_cancelled(frame: &Frame<'_>) -> bool {
-    frame.frame.cancel.is_some_and(|cancel| cancel.load(Ordering::Acquire))
-        || (frame.frame.deadline != u64::MAX && frame.calls.now() >= frame.frame.deadline)
+    frame.cancel.is_some_and(|cancel| cancel.load(Ordering::Acquire))
+        || (frame.deadline != u64::MAX && frame.calls.now() >= frame.deadline)
 }
 
 unsafe extern "C" fn timer_arm(ctx: *const abi::CallContext, cookie: u64, nanoseconds: u64) -> i32 {
