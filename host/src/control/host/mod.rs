@@ -15,6 +15,7 @@ mod doubt;
 mod embedder;
 mod incoming;
 mod outgoing;
+mod throttle;
 mod watch;
 
 use std::fs::File;
