@@ -2,8 +2,11 @@
 //! loopback. What is promised is in `spec/host.md`.
 
 mod cancel;
+mod doubt;
 mod guest;
+mod hostile;
 mod moves;
+mod proxy;
 mod refusals;
 mod support;
 
