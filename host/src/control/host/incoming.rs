@@ -2,10 +2,11 @@
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::greeting::{GREETING_PATIENCE, Greeting};
 use super::watch::policy;
 use super::{Guest, Host, StartError, lock};
 use crate::control::protocol::{Failure, FailureCode, LastMigration};
@@ -61,7 +62,7 @@ impl Host {
 
     fn take(&self, stream: TcpStream) {
         let link = match TcpTransport::new(stream) {
-            Ok(link) => Box::new(link),
+            Ok(link) => Box::new(Greeting::new(link, Instant::now() + GREETING_PATIENCE)),
             Err(error) => return tracing::warn!(%error, "a migration's connection"),
         };
         let job = Arc::new(Job::default());
@@ -111,32 +112,39 @@ impl Host {
 
     /// The one place where a migration in ends.
     pub(super) fn in_ended(&self, result: Result<Report, MigrationError>) {
+        let runs = matches!(&result, Ok(_) | Err(MigrationError::Kept { resumed: true, .. }));
         let (guest, last) = match result {
             Ok(report) => {
                 let report = serde_json::to_value(&report);
                 let last = report.map(|report| LastMigration::Arrived { report: Box::new(report) });
-                (Guest::Here, last.map_err(|error| Failure::new(FailureCode::Failed, error.to_string())))
+                (Guest::Here, Some(last.map_err(|error| Failure::new(FailureCode::Failed, error.to_string()))))
             }
             Err(MigrationError::InDoubt(doubt)) => {
                 let failure = Failure::new(FailureCode::InDoubt, doubt.to_string());
-                (Guest::InDoubt(doubt), Err(failure))
+                (Guest::InDoubt(doubt), Some(Err(failure)))
             }
             // The journal gave the guest to this host; what of it does not run is for the operator to mend.
             Err(error @ MigrationError::Kept { .. }) => {
-                (Guest::Here, Err(Failure::new(FailureCode::Failed, error.to_string())))
+                (Guest::Here, Some(Err(Failure::new(FailureCode::Failed, error.to_string()))))
             }
-            Err(error @ (MigrationError::Discarded { .. } | MigrationError::Answered { .. })) => {
-                (Guest::Awaited, Err(Failure::new(FailureCode::NotMigrated, error.to_string())))
+            Err(error @ MigrationError::Discarded { .. }) => {
+                (Guest::Awaited, Some(Err(Failure::new(FailureCode::NotMigrated, error.to_string()))))
+            }
+            // Nothing migrated; how the last one ended is still how the last one ended.
+            Err(MigrationError::Answered { outcome }) => {
+                tracing::info!(?outcome, "a source was told of an old migration");
+                (Guest::Awaited, None)
             }
         };
-        let runs = matches!((&guest, &last), (Guest::Here, Ok(_)));
         let mut state = lock(&self.state);
         state.guest = guest;
         state.job = None;
-        state.last = Some(last.unwrap_or_else(|failure| {
-            tracing::warn!(%failure, "a migration in");
-            LastMigration::Failed { failure }
-        }));
+        if let Some(last) = last {
+            state.last = Some(last.unwrap_or_else(|failure| {
+                tracing::warn!(%failure, "a migration in");
+                LastMigration::Failed { failure }
+            }));
+        }
         drop(state);
         self.changed.notify_all();
         if runs {

@@ -13,6 +13,7 @@
 
 mod doubt;
 mod embedder;
+mod greeting;
 mod incoming;
 mod outgoing;
 mod throttle;
@@ -90,7 +91,10 @@ struct State {
     job: Option<Arc<Job>>,
     cancel: Arc<Cancel>,
     last: Option<LastMigration>,
+    /// No thread is started any more
     stopping: bool,
+    /// Threads of this host that have not ended
+    threads: usize,
 }
 
 /// A running host.
@@ -149,6 +153,7 @@ impl Host {
             cancel: Arc::default(),
             last: None,
             stopping: false,
+            threads: 0,
         };
         let host = Arc::new(Self {
             config,
@@ -174,8 +179,17 @@ impl Host {
     }
 
     fn spawn(self: &Arc<Self>, name: &str, work: impl FnOnce(&Arc<Self>) + Send + 'static) -> std::io::Result<()> {
-        let host = Arc::clone(self);
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&host))?;
+        {
+            let mut state = lock(&self.state);
+            if state.stopping {
+                return Err(std::io::Error::other("the host is stopping"));
+            }
+            state.threads += 1;
+        }
+        let counted = Counted(Arc::clone(self));
+        let run = move || work(&counted.0);
+        // Where it cannot be started, what it was to run is dropped, and counted no more.
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run)?;
         let mut threads = lock(&self.threads);
         threads.retain(|thread| !thread.is_finished());
         threads.push(thread);
@@ -251,18 +265,12 @@ impl Host {
 
     /// Ends everything in order: no new migrations, the running one cancelled, devices closed, plug-ins retired. A doubt
     /// stays in the journal. Devices that the embedder still holds are closed, and their plug-ins retired, when it lets go;
-    /// the host does not wait for that.
+    /// the host does not wait for that. An error at the deadline: a migration that cannot be cancelled any more goes on, with
+    /// everything open; ask again.
     pub fn stop(&self, deadline: Instant) -> Result<(), Failure> {
-        {
-            let mut state = lock(&self.state);
-            state.stopping = true;
-            state.cancel.cancel();
-        }
-        self.changed.notify_all();
-        let threads = std::mem::take(&mut *lock(&self.threads));
+        self.wind_down(deadline)?;
         let mut panicked = false;
-        for thread in threads {
-            // A thread that calls this itself is not waited for. The others end: each of their waits has a deadline.
+        for thread in std::mem::take(&mut *lock(&self.threads)) {
             if thread.thread().id() != std::thread::current().id() {
                 panicked |= thread.join().is_err();
             }
@@ -278,6 +286,34 @@ impl Host {
             }
         }
         if panicked { Err(Failure::new(FailureCode::Failed, "a thread of the host panicked")) } else { Ok(()) }
+    }
+
+    /// Waits for the host's threads to end, and says how to. A thread that calls this itself is not waited for.
+    fn wind_down(&self, deadline: Instant) -> Result<(), Failure> {
+        let me = std::thread::current().id();
+        let own = usize::from(lock(&self.threads).iter().any(|thread| thread.thread().id() == me));
+        let mut state = lock(&self.state);
+        state.stopping = true;
+        state.cancel.cancel();
+        self.changed.notify_all();
+        while state.threads > own {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Failure::new(FailureCode::Failed, "a migration has not ended yet: stop again"));
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+}
+
+/// A thread of the host, for as long as it runs.
+struct Counted(Arc<Host>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        lock(&self.0.state).threads -= 1;
+        self.0.changed.notify_all();
     }
 }
 

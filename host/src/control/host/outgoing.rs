@@ -10,9 +10,11 @@ use super::{Guest, Host, lock};
 use crate::control::address;
 use crate::control::protocol::{Failure, FailureCode, LastMigration, Response};
 use crate::control::socket::Job;
+use crate::migration::cause::Cause;
 use crate::migration::driver::{
-    Cancel, InDoubt, MediatedHost, MigrationError, Monotonic, SourceJob, Time, migrate_out,
+    Cancel, InDoubt, MediatedHost, MigrationError, Monotonic, SourceJob, Time, migrate_out, settle_out,
 };
+use crate::migration::policy::Policy;
 use crate::migration::report::Report;
 use crate::migration::transport::{TcpTransport, Transport};
 use crate::migration::wire::MigrationId;
@@ -22,6 +24,8 @@ const SETTLE_TRIES: u32 = 5;
 const SETTLE_PAUSE: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 1000 });
 /// Afterwards it is asked for in ever longer intervals, until somebody resolves it.
 const SETTLE_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// For a destination to say that it heard that the guest stayed.
+const TELL_MS: u64 = 5_000;
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Connects to the first address that answers.
@@ -152,10 +156,36 @@ impl Host {
             result = settle(&out, doubt);
         }
         let in_doubt = matches!(result, Err(MigrationError::InDoubt(_)));
+        // The guest runs already; whoever is told that it stayed may rely on the destination having been told too.
+        let untold = leaves_in_doubt(&result) && !tell_kept(&out);
         self.out_ended(job, out.shown(), result);
         if in_doubt {
             self.keep_asking(&out);
+        } else if untold {
+            self.keep_telling(&out);
         }
+    }
+
+    /// Until the destination knows that the guest stayed, another migration begins, or the tries are used up: then the
+    /// destination's operator has to resolve it.
+    fn keep_telling(&self, out: &Out<'_>) {
+        let mut pause = SETTLE_PAUSE;
+        for _ in 0..SETTLE_TRIES {
+            if self.waits_to_stop(pause) {
+                return;
+            }
+            {
+                let state = lock(&self.state);
+                if state.job.is_some() || !matches!(state.guest, Guest::Here) {
+                    return;
+                }
+            }
+            if tell_kept(out) {
+                return;
+            }
+            pause *= 2;
+        }
+        tracing::warn!(migration = %out.id, to = out.shown(), "the destination may be in doubt: resolve it there");
     }
 
     /// Until the doubt is settled, resolved by an operator, or the host ends.
@@ -203,6 +233,8 @@ impl Host {
     pub(super) fn out_ended(&self, job: &Arc<Job>, to: String, result: Result<Report, MigrationError>) {
         match result {
             Ok(report) => {
+                // Before the embedder's code runs: whatever it does, or however it ends, the guest is not here.
+                lock(&self.state).guest = Guest::Gone { to: to.clone() };
                 self.embedder.gone();
                 let report = serde_json::to_value(&report);
                 let report = report.map_err(|error| Failure::new(FailureCode::Failed, error.to_string()));
@@ -248,6 +280,29 @@ impl Host {
             Ok(report) => Response::Migrated { report: Box::new(report) },
             Err(failure) => Response::Error(failure),
         });
+    }
+}
+
+/// The guest stayed, and the connection was gone before the destination could be told: it may stand prepared, in doubt.
+fn leaves_in_doubt(result: &Result<Report, MigrationError>) -> bool {
+    let Err(MigrationError::Kept { cause, .. }) = result else { return false };
+    matches!(cause, Cause::Link(_) | Cause::TimedOut(_) | Cause::Stream(_) | Cause::Protocol(_))
+}
+
+/// One attempt to tell the destination that the guest stayed. True: it knows, and will never run it.
+fn tell_kept(out: &Out<'_>) -> bool {
+    let Ok(link) = connect(&out.to) else { return false };
+    // It touches nothing but the journal, which says that the guest was kept.
+    let policy = Policy { answer_ms_max: TELL_MS.min(out.job().policy.answer_ms_max), ..out.job().policy };
+    match settle_out(SourceJob { policy, ..out.job() }, link) {
+        Err(MigrationError::Kept { cause: Cause::Link(_) | Cause::TimedOut(_), .. }) => false,
+        Err(MigrationError::InDoubt(doubt)) => {
+            if let Cause::Conflict(_) = doubt.cause {
+                tracing::error!(%doubt, "the guest may run twice: stop one of them");
+            }
+            false
+        }
+        Ok(_) | Err(_) => true,
     }
 }
 
