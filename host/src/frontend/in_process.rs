@@ -7,9 +7,10 @@
 //!  RUNNING -- pause --> PAUSING -- last thread parked or gone --> PAUSED -- resume --> RUNNING
 //!                          +-- deadline passed: back to RUNNING, all of them --+
 //! ```
-//! Locks: `threads`, over the counts, never held while guest code, a device or memory is touched; `dirt`, over the watch,
-//! held while it is read. Neither is taken under the other.
+//! Locks: `threads`, over the counts, never held while guest code, a device or memory is touched, and not taken at a
+//! checkpoint of a guest that runs; `dirt`, over the watch, held while it is read. Neither is taken under the other.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,8 @@ struct Threads {
 pub struct InProcess {
     memory: Arc<AddressSpace>,
     threads: Mutex<Threads>,
+    /// Paused or ended, as `threads` has it: what a checkpoint looks at first, so that a running guest takes no lock
+    halted: AtomicBool,
     changed: Condvar,
     dirt: Mutex<Option<CpuDirt>>,
 }
@@ -55,7 +58,13 @@ impl InProcess {
     /// A machine whose guest is paused until [`VmmPort::resume`].
     pub fn paused(memory: Arc<AddressSpace>) -> Arc<Self> {
         let threads = Threads { paused: true, ..Threads::default() };
-        Arc::new(Self { memory, threads: Mutex::new(threads), changed: Condvar::new(), dirt: Mutex::new(None) })
+        Arc::new(Self {
+            memory,
+            threads: Mutex::new(threads),
+            halted: AtomicBool::new(true),
+            changed: Condvar::new(),
+            dirt: Mutex::new(None),
+        })
     }
 
     pub fn memory(&self) -> &Arc<AddressSpace> {
@@ -70,8 +79,16 @@ impl InProcess {
 
     /// Ends the guest: every checkpoint answers false from now on, also those that wait.
     pub fn end(&self) {
-        lock(&self.threads).ended = true;
+        let mut threads = lock(&self.threads);
+        threads.ended = true;
+        self.publish(&threads);
+        drop(threads);
         self.changed.notify_all();
+    }
+
+    /// Under the lock, after a change. Release: whoever sees a guest that runs sees all that was done while it did not.
+    fn publish(&self, threads: &Threads) {
+        self.halted.store(threads.paused || threads.ended, Ordering::Release);
     }
 
     pub fn is_paused(&self) -> bool {
@@ -90,11 +107,9 @@ impl GuestThread {
     /// Waits while the guest is paused. Between two checkpoints the guest cannot be paused: keep it short. False: the
     /// guest has ended, and this thread must touch nothing any more.
     pub fn checkpoint(&self) -> bool {
-        {
-            let threads = lock(&self.machine.threads);
-            if !threads.paused || threads.ended {
-                return !threads.ended;
-            }
+        // A thread that looks too early is waited for by `pause` until its next checkpoint.
+        if !self.machine.halted.load(Ordering::Acquire) {
+            return true;
         }
         Parked::new(&self.machine).leave()
     }
@@ -156,11 +171,13 @@ impl VmmPort for InProcess {
         let mut threads = lock(&self.threads);
         let before = threads.paused;
         threads.paused = true;
+        self.publish(&threads);
         // Threads of a guest that has ended go instead of parking; until they have gone they may be in a step.
         while threads.parked < threads.attached {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 threads.paused = before;
+                self.publish(&threads);
                 let running = threads.attached - threads.parked;
                 self.changed.notify_all();
                 let what = format!("{running} guest threads did not come to a checkpoint in time");
@@ -172,7 +189,10 @@ impl VmmPort for InProcess {
     }
 
     fn resume(&self) -> Result<(), VmmError> {
-        lock(&self.threads).paused = false;
+        let mut threads = lock(&self.threads);
+        threads.paused = false;
+        self.publish(&threads);
+        drop(threads);
         self.changed.notify_all();
         Ok(())
     }
@@ -259,7 +279,7 @@ impl IrqLine {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::atomic::AtomicU64;
 
     use super::*;
     use crate::memory::{GuestRam, PAGE_SIZE};
@@ -283,11 +303,12 @@ mod tests {
                 std::thread::spawn(move || {
                     while thread.checkpoint() {
                         steps.fetch_add(1, Ordering::SeqCst);
+                        std::thread::yield_now();
                     }
                 })
             })
             .collect();
-        for _ in 0..200 {
+        for _ in 0..100 {
             machine.resume().unwrap();
             let before = steps.load(Ordering::SeqCst);
             while steps.load(Ordering::SeqCst) < before + 3 {

@@ -1,6 +1,5 @@
 //! Reads and writes of regions.
 
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use rustix::io::Errno;
@@ -8,10 +7,10 @@ use vfio_bindings::bindings::vfio::{VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO
 
 use super::config::Permission;
 use super::device::MediatedDevice;
-use super::error::{MediationError, Result};
+use super::error::{Access, MediationError, Result, boxed, unboxed};
 use super::gate::{Class, Reason};
-use super::mediator::{CallFrame, HostCalls, Mediator, Origin, Verdict};
-use super::tables::{Segment, first_piece};
+use super::mediator::{HostCalls, Mediator, Origin, Verdict};
+use super::tables::{Region, first_piece};
 use crate::device::CONFIG_REGION;
 
 /// Longest access of configuration space: all of it.
@@ -20,167 +19,208 @@ const CONFIG_MAX: usize = 4096;
 impl MediatedDevice {
     /// Reads `data.len()` bytes at `offset`. An access that straddles claims goes piece by piece, ascending; when a piece
     /// fails, [`MediationError::bytes_done`] says how many bytes before it were read.
-    #[inline]
+    #[inline(always)]
     pub fn region_read(&self, index: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        self.with_pass(class(index), || self.read_in(index, offset, data))
+        // In the caller's code, so that nothing is returned through memory; all but the usual cases is out of it.
+        let Some(pass) = self.shared.gate.enter_quickly(class(index)) else {
+            return self.read_slowly(index, offset, data).map_err(unboxed);
+        };
+        let done = match self.tables.is_plain(index) {
+            true => self.device.region_read(index, offset, data).map_err(boxed),
+            false => self.read_in(index, offset, data),
+        };
+        if pass.leave() {
+            self.attend();
+        }
+        done.map_err(unboxed)
     }
 
     /// Writes `data` at `offset`; as [`Self::region_read`].
-    #[inline]
+    #[inline(always)]
     pub fn region_write(&self, index: u32, offset: u64, data: &[u8]) -> Result<()> {
         if index == CONFIG_REGION {
             return self.config_write(offset, data);
         }
-        self.with_pass(Class::Memory, || self.write_in(index, offset, data))
+        let Some(pass) = self.shared.gate.enter_quickly(Class::Memory) else {
+            return self.write_slowly(index, offset, data).map_err(unboxed);
+        };
+        let done = match self.tables.is_plain(index) {
+            true => self.device.region_write(index, offset, data).map_err(boxed),
+            false => self.write_in(index, offset, data),
+        };
+        if pass.leave() {
+            self.attend();
+        }
+        done.map_err(unboxed)
     }
 
-    #[inline]
-    fn segments(&self, index: u32) -> &[Segment] {
-        // Constant while the caller has its pass.
-        self.tables[self.selector.load(Ordering::Relaxed)].segments(index)
+    /// Where the gate is closed, or this thread's first access.
+    #[cold]
+    #[inline(never)]
+    fn read_slowly(&self, index: u32, offset: u64, data: &mut [u8]) -> Access {
+        self.with_pass(class(index), || self.read_in(index, offset, data).map_err(unboxed)).map_err(boxed)
     }
 
-    #[inline]
-    fn read_in(&self, index: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        let segments = self.segments(index);
+    #[cold]
+    #[inline(never)]
+    fn write_slowly(&self, index: u32, offset: u64, data: &[u8]) -> Access {
+        self.with_pass(Class::Memory, || self.write_in(index, offset, data).map_err(unboxed)).map_err(boxed)
+    }
+
+    /// The plug-in and what it hooks of a region, if it does. The caller has its pass.
+    #[inline(always)]
+    fn hooks(&self, index: u32) -> Option<(&dyn Mediator, &Region)> {
+        Some((&**self.plugin.as_ref()?, self.tables.hooked(index)?))
+    }
+
+    /// Under the caller's pass, through the hooks.
+    #[inline(never)]
+    fn read_in(&self, index: u32, offset: u64, data: &mut [u8]) -> Access {
+        let Some((plugin, region)) = self.hooks(index) else {
+            return self.read_unhooked(index, offset, data);
+        };
+        match region.whole(offset, data.len()) {
+            Some(claim) => self.read_piece(plugin, claim, index, offset, data),
+            None => self.read_pieces(plugin, region, index, offset, data),
+        }
+    }
+
+    #[inline(never)]
+    fn write_in(&self, index: u32, offset: u64, data: &[u8]) -> Access {
+        let Some((plugin, region)) = self.hooks(index) else {
+            return self.write_unhooked(index, offset, data);
+        };
+        match region.whole(offset, data.len()) {
+            Some(claim) => self.write_piece(plugin, claim, index, offset, data),
+            None => self.write_pieces(plugin, region, index, offset, data),
+        }
+    }
+
+    /// An added region, or one of the device's own.
+    #[cold]
+    fn read_unhooked(&self, index: u32, offset: u64, data: &mut [u8]) -> Access {
         match &self.plugin {
-            Some(plugin) if !segments.is_empty() => self.read_pieces(&**plugin, segments, index, offset, data),
             Some(plugin) if index >= self.own_regions() => self.read_extra(&**plugin, index, offset, data),
-            _ => Ok(self.device().region_read(index, offset, data)?),
+            _ => self.device.region_read(index, offset, data).map_err(boxed),
         }
     }
 
-    #[inline]
-    fn write_in(&self, index: u32, offset: u64, data: &[u8]) -> Result<()> {
-        let segments = self.segments(index);
+    #[cold]
+    fn write_unhooked(&self, index: u32, offset: u64, data: &[u8]) -> Access {
         match &self.plugin {
-            Some(plugin) if !segments.is_empty() => self.write_pieces(&**plugin, segments, index, offset, data),
             Some(plugin) if index >= self.own_regions() => self.write_extra(&**plugin, index, offset, data),
-            _ => Ok(self.device().region_write(index, offset, data)?),
+            _ => self.device.region_write(index, offset, data).map_err(boxed),
         }
     }
 
-    fn read_pieces(
-        &self,
-        plugin: &dyn Mediator,
-        segments: &[Segment],
-        index: u32,
-        offset: u64,
-        data: &mut [u8],
-    ) -> Result<()> {
+    #[cold]
+    fn read_pieces(&self, plugin: &dyn Mediator, region: &Region, index: u32, offset: u64, data: &mut [u8]) -> Access {
         self.check_range(index, offset, data.len())?;
-        let frame = self.frame(Origin::Client);
         let mut done = 0;
         while done < data.len() {
             let at = offset + done as u64;
-            let piece = first_piece(segments, at, data.len() - done);
+            let piece = first_piece(region.segments(), at, data.len() - done);
             let part = &mut data[done..done + piece.length];
-            self.read_piece(plugin, frame, piece.claim, index, at, part).map_err(|error| error.after(done as u64))?;
+            self.read_piece(plugin, piece.claim, index, at, part).map_err(|error| error.after(done))?;
             done += piece.length;
         }
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn read_piece(
         &self,
         plugin: &dyn Mediator,
-        frame: CallFrame<'_>,
         claim: Option<usize>,
         index: u32,
         offset: u64,
         data: &mut [u8],
-    ) -> Result<()> {
+    ) -> Access {
         let Some(claim) = claim else {
-            return Ok(self.device().region_read(index, offset, data)?);
+            return self.device.region_read(index, offset, data).map_err(boxed);
         };
-        // Whatever a hook leaves unwritten is nobody's old data.
-        data.fill(0);
-        match plugin.read(claim, frame, offset, data) {
+        // Whatever a hook leaves unwritten is nobody's old data. A register's size is one store, not a call.
+        match data {
+            [_, _, _, _] => data.copy_from_slice(&[0; 4]),
+            [_, _, _, _, _, _, _, _] => data.copy_from_slice(&[0; 8]),
+            _ => data.fill(0),
+        }
+        match plugin.read(claim, self.frame(Origin::Client), offset, data) {
             Verdict::Handled => Ok(()),
-            Verdict::Forward => Ok(self.device().region_read(index, offset, data)?),
-            Verdict::Deny(errno) => Err(MediationError::Plugin { what: "a read", errno }),
+            Verdict::Forward => self.device.region_read(index, offset, data).map_err(boxed),
+            Verdict::Deny(errno) => Err(denied("a read", errno)),
         }
     }
 
-    fn write_pieces(
-        &self,
-        plugin: &dyn Mediator,
-        segments: &[Segment],
-        index: u32,
-        offset: u64,
-        data: &[u8],
-    ) -> Result<()> {
+    #[cold]
+    fn write_pieces(&self, plugin: &dyn Mediator, region: &Region, index: u32, offset: u64, data: &[u8]) -> Access {
         self.check_range(index, offset, data.len())?;
-        let frame = self.frame(Origin::Client);
         let mut done = 0;
         while done < data.len() {
             let at = offset + done as u64;
-            let piece = first_piece(segments, at, data.len() - done);
+            let piece = first_piece(region.segments(), at, data.len() - done);
             let part = &data[done..done + piece.length];
-            self.write_piece(plugin, frame, piece.claim, index, at, part).map_err(|error| error.after(done as u64))?;
+            self.write_piece(plugin, piece.claim, index, at, part).map_err(|error| error.after(done))?;
             done += piece.length;
         }
         Ok(())
     }
 
     #[inline]
-    fn write_piece(
-        &self,
-        plugin: &dyn Mediator,
-        frame: CallFrame<'_>,
-        claim: Option<usize>,
-        index: u32,
-        offset: u64,
-        data: &[u8],
-    ) -> Result<()> {
+    fn write_piece(&self, plugin: &dyn Mediator, claim: Option<usize>, index: u32, offset: u64, data: &[u8]) -> Access {
         let Some(claim) = claim else {
-            return Ok(self.device().region_write(index, offset, data)?);
+            return self.device.region_write(index, offset, data).map_err(boxed);
         };
-        // A hook may change the data: they are copied, without an allocation where they are registers.
-        let mut near = [0; 64];
-        let mut far;
-        let copy = match near.get_mut(..data.len()) {
-            Some(near) => near,
-            None => {
-                far = vec![0; data.len()];
-                &mut far[..]
-            }
-        };
-        copy.copy_from_slice(data);
-        match plugin.write(claim, frame, offset, copy) {
+        // A hook may change the data: they are copied, where they are a register without a call.
+        match *data {
+            [a, b, c, d] => self.write_claim(plugin, claim, index, offset, &mut [a, b, c, d]),
+            [a, b, c, d, e, f, g, h] => self.write_claim(plugin, claim, index, offset, &mut [a, b, c, d, e, f, g, h]),
+            // Few bytes without an allocation.
+            _ => match [0; 64].get_mut(..data.len()) {
+                Some(near) => {
+                    near.copy_from_slice(data);
+                    self.write_claim(plugin, claim, index, offset, near)
+                }
+                None => self.write_claim(plugin, claim, index, offset, &mut data.to_vec()),
+            },
+        }
+    }
+
+    #[inline]
+    fn write_claim(&self, plugin: &dyn Mediator, claim: usize, index: u32, offset: u64, copy: &mut [u8]) -> Access {
+        match plugin.write(claim, self.frame(Origin::Client), offset, copy) {
             Verdict::Handled => Ok(()),
-            Verdict::Forward => Ok(self.device().region_write(index, offset, copy)?),
-            Verdict::Deny(errno) => Err(MediationError::Plugin { what: "a write", errno }),
+            Verdict::Forward => self.device.region_write(index, offset, copy).map_err(boxed),
+            Verdict::Deny(errno) => Err(denied("a write", errno)),
         }
     }
 
     /// A hook never sees an access that leaves its region.
     #[inline]
-    fn check_range(&self, index: u32, offset: u64, length: usize) -> Result<()> {
+    fn check_range(&self, index: u32, offset: u64, length: usize) -> Access {
         let size = self.shared.regions.get(index as usize).and_then(Option::as_ref).map_or(0, |info| info.size);
         match offset.checked_add(length as u64) {
             Some(end) if end <= size => Ok(()),
-            _ => Err(outside(index, offset, length, size)),
+            _ => Err(boxed(outside(index, offset, length, size))),
         }
     }
 
-    fn read_extra(&self, plugin: &dyn Mediator, index: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        let extra = self.extra_region(plugin, index, offset, data.len(), VFIO_REGION_INFO_FLAG_READ)?;
+    fn read_extra(&self, plugin: &dyn Mediator, index: u32, offset: u64, data: &mut [u8]) -> Access {
+        let extra = self.extra_region(plugin, index, offset, data.len(), VFIO_REGION_INFO_FLAG_READ).map_err(boxed)?;
         data.fill(0);
         match plugin.extra_read(extra, index, self.frame(Origin::Client), offset, data) {
             Verdict::Handled => Ok(()),
-            Verdict::Forward => Err(forwarded(index)),
-            Verdict::Deny(errno) => Err(MediationError::Plugin { what: "a read", errno }),
+            Verdict::Forward => Err(boxed(forwarded(index))),
+            Verdict::Deny(errno) => Err(denied("a read", errno)),
         }
     }
 
-    fn write_extra(&self, plugin: &dyn Mediator, index: u32, offset: u64, data: &[u8]) -> Result<()> {
-        let extra = self.extra_region(plugin, index, offset, data.len(), VFIO_REGION_INFO_FLAG_WRITE)?;
+    fn write_extra(&self, plugin: &dyn Mediator, index: u32, offset: u64, data: &[u8]) -> Access {
+        let extra = self.extra_region(plugin, index, offset, data.len(), VFIO_REGION_INFO_FLAG_WRITE).map_err(boxed)?;
         match plugin.extra_write(extra, index, self.frame(Origin::Client), offset, &mut data.to_vec()) {
             Verdict::Handled => Ok(()),
-            Verdict::Forward => Err(forwarded(index)),
-            Verdict::Deny(errno) => Err(MediationError::Plugin { what: "a write", errno }),
+            Verdict::Forward => Err(boxed(forwarded(index))),
+            Verdict::Deny(errno) => Err(denied("a write", errno)),
         }
     }
 
@@ -220,16 +260,16 @@ impl MediatedDevice {
     }
 
     fn config_write_in(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.check_range(CONFIG_REGION, offset, data.len())?;
+        self.check_range(CONFIG_REGION, offset, data.len()).map_err(unboxed)?;
         match self.shared.filter.permission(offset, data.len() as u64) {
             Permission::Ignored => Ok(()),
-            Permission::Whole => self.write_in(CONFIG_REGION, offset, data),
+            Permission::Whole => self.write_in(CONFIG_REGION, offset, data).map_err(unboxed),
             Permission::Merge => {
                 let mut current = vec![0; data.len()];
                 self.device().region_read(CONFIG_REGION, offset, &mut current)?;
                 let mut merged = data.to_vec();
                 self.shared.filter.merge(offset, &mut merged, &current);
-                self.write_in(CONFIG_REGION, offset, &merged)
+                self.write_in(CONFIG_REGION, offset, &merged).map_err(unboxed)
             }
         }
     }
@@ -244,6 +284,11 @@ impl MediatedDevice {
 #[inline(always)]
 fn class(index: u32) -> Class {
     if index == CONFIG_REGION { Class::Control } else { Class::Memory }
+}
+
+#[cold]
+fn denied(what: &'static str, errno: Errno) -> Box<MediationError> {
+    Box::new(MediationError::Plugin { what, errno })
 }
 
 #[cold]

@@ -113,7 +113,7 @@ impl MediatedDevice {
             return Ok(());
         }
         self.alone(Reason::TableSwap, self.drain_deadline(), || {
-            self.selector.store(map as usize, Ordering::Relaxed);
+            self.tables.select(map);
             Ok(())
         })
     }

@@ -1,6 +1,6 @@
 //! The mediated device: its parts, and how the gate is gone through.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use super::lane::Lane;
 use super::layout;
 use super::mediator::{CallFrame, Event, Mediator, Origin, PluginSummary, TrapMap};
 use super::state::Streams;
-use super::tables::Table;
+use super::tables::Tables;
 use super::tracking::Active;
 use super::{MediationError, lock};
 use crate::device::{Area, Device, DeviceInfo, Identity};
@@ -79,9 +79,7 @@ pub struct MediatedDevice {
     /// The same device as `shared`'s, one pointer nearer
     pub(super) device: Arc<dyn Device>,
     pub(super) limits: Limits,
-    pub(super) tables: [Table; 2],
-    /// Index into `tables`; changed only by whoever has the device alone
-    pub(super) selector: AtomicUsize,
+    pub(super) tables: Tables,
     /// Areas of each own region that a client may map, ascending
     pub(super) mappable: Vec<Vec<Area>>,
     pub(super) stand_ins: Vec<StandIn>,
@@ -162,8 +160,7 @@ impl MediatedDevice {
     pub(super) fn with_pass<T>(&self, class: Class, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let pass = self.enter(class)?;
         let done = work();
-        drop(pass);
-        if self.shared.gate.wants_attention() {
+        if pass.leave() {
             self.attend();
         }
         done
@@ -203,10 +200,7 @@ impl MediatedDevice {
     }
 
     pub(super) fn map(&self) -> TrapMap {
-        match self.selector.load(Ordering::Relaxed) {
-            0 => TrapMap::Normal,
-            _ => TrapMap::Tracking,
-        }
+        self.tables.map()
     }
 
     /// To the plug-in, one at a time. Without a plug-in there is nobody to refuse.

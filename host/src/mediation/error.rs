@@ -9,6 +9,23 @@ use crate::memory::MemoryError;
 
 pub type Result<T> = std::result::Result<T, MediationError>;
 
+/// What an access gives. An error is in a box, so that the result fits a register and success costs nothing.
+pub(super) type Access = std::result::Result<(), Box<MediationError>>;
+
+/// The way from one to the other, out of line.
+#[cold]
+#[inline(never)]
+pub(super) fn boxed(error: impl Into<MediationError>) -> Box<MediationError> {
+    Box::new(error.into())
+}
+
+#[cold]
+#[inline(never)]
+#[expect(clippy::boxed_local, reason = "taking it out of its box is what this is for")]
+pub(super) fn unboxed(error: Box<MediationError>) -> MediationError {
+    *error
+}
+
 /// What a caller can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Remedy {
@@ -115,8 +132,10 @@ impl MediationError {
         }
     }
 
-    pub(super) fn after(self, done: u64) -> Self {
-        if done == 0 { self } else { Self::Partial { done, source: Box::new(self) } }
+    /// An access failed after its first `done` bytes.
+    #[cold]
+    pub(super) fn after(self: Box<Self>, done: usize) -> Box<Self> {
+        if done == 0 { self } else { Box::new(Self::Partial { done: done as u64, source: self }) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Opening: everything is asked and checked before anything is published; a failing step undoes the ones before it.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
@@ -14,8 +14,8 @@ use super::error::{MediationError, Result};
 use super::gate::{Gate, Reason};
 use super::lane::Lane;
 use super::layout;
-use super::mediator::{Claim, HostCalls, Mediator, MmapAnswer, Origin, TrapMap};
-use super::tables::Table;
+use super::mediator::{Claim, HostCalls, Mediator, MmapAnswer, Origin};
+use super::tables::Tables;
 use crate::device::{Area, Backend, CONFIG_REGION, Device, ErrorKind, RegionInfo};
 use crate::memory::{AddressSpace, PAGE_SIZE};
 use crate::plugin::{OpenError, ProbeIdentity, Registry};
@@ -48,7 +48,7 @@ impl MediatedDevice {
         let plugin = claim(shared.clone())?;
         let claims = plugin.as_ref().map_or(&[][..], |plugin| plugin.claims());
         let sizes: Vec<u64> = shared.regions.iter().map(|info| info.as_ref().map_or(0, |info| info.size)).collect();
-        let tables = [Table::new(claims, TrapMap::Normal, &sizes)?, Table::new(claims, TrapMap::Tracking, &sizes)?];
+        let tables = Tables::new(claims, &sizes)?;
         let mappable = mappable(&shared.regions, claims)?;
         if let Some(plugin) = &plugin {
             check_irqs(&**plugin, &shared)?;
@@ -60,7 +60,6 @@ impl MediatedDevice {
             shared,
             limits,
             tables,
-            selector: AtomicUsize::new(TrapMap::Normal as usize),
             mappable,
             stand_ins: Vec::new(),
             condition: Mutex::new(Condition {

@@ -1,7 +1,9 @@
 //! The two hook tables of a device: which claim a byte of a region belongs to, normally and while tracking.
 //!
-//! **Owns** the lookup. Built and checked once at open, never edited; an atomic index says which table holds, and is only
-//! changed by whoever has the device alone. **Must never** lock or allocate in a lookup.
+//! **Owns** the lookup. Built and checked once at open, never edited; which table holds is only changed by whoever has the
+//! device alone. **Must never** lock or allocate in a lookup.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::error::MediationError;
 use super::mediator::{Claim, TrapMap};
@@ -17,7 +19,62 @@ pub struct Segment {
 /// One table: the segments of each region whose accesses are hooked, ascending and disjoint.
 #[derive(Debug)]
 pub struct Table {
-    regions: Box<[Box<[Segment]>]>,
+    regions: Box<[Region]>,
+}
+
+#[derive(Debug)]
+pub struct Region {
+    /// In bytes
+    size: u64,
+    segments: Box<[Segment]>,
+}
+
+/// The two tables, and which one holds. Lookups are made under a pass, so that the answer stays true until it ends.
+#[derive(Debug)]
+pub struct Tables {
+    /// Bit i: no access of region i is hooked by the table that holds, and i is the device's own. A region beyond 63 is
+    /// looked up instead.
+    plain: AtomicU64,
+    selector: AtomicUsize,
+    tables: [Table; 2],
+}
+
+impl Tables {
+    /// As [`Table::new`]. The normal one holds.
+    pub fn new(claims: &[Claim], sizes: &[u64]) -> Result<Self, MediationError> {
+        let table = |map| Table::new(claims, map, sizes);
+        let tables = [table(TrapMap::Normal)?, table(TrapMap::Tracking)?];
+        Ok(Self { plain: AtomicU64::new(tables[0].plain()), selector: AtomicUsize::new(0), tables })
+    }
+
+    pub fn map(&self) -> TrapMap {
+        match self.selector.load(Ordering::Relaxed) {
+            0 => TrapMap::Normal,
+            _ => TrapMap::Tracking,
+        }
+    }
+
+    /// The caller has the device alone; the gate orders this before every later access.
+    pub fn select(&self, map: TrapMap) {
+        let at = match map {
+            TrapMap::Normal => 0,
+            TrapMap::Tracking => 1,
+        };
+        self.selector.store(at, Ordering::Relaxed);
+        self.plain.store(self.tables[at].plain(), Ordering::Relaxed);
+    }
+
+    /// True: accesses of this region go to the device. False says nothing.
+    #[inline(always)]
+    pub fn is_plain(&self, region: u32) -> bool {
+        self.plain.load(Ordering::Relaxed).checked_shr(region).is_some_and(|bits| bits & 1 != 0)
+    }
+
+    /// One of the device's own regions, if the table that holds hooks anything of it.
+    #[inline]
+    pub fn hooked(&self, region: u32) -> Option<&Region> {
+        self.tables[self.selector.load(Ordering::Relaxed) & 1].hooked(region)
+    }
 }
 
 /// The piece of an access that lies in one claim or in none.
@@ -64,20 +121,53 @@ impl Table {
         for segments in &mut regions {
             segments.retain(|segment| claims[segment.claim].has_rw);
         }
-        Ok(Self { regions: regions.into_iter().map(Vec::into_boxed_slice).collect() })
+        let region = |(segments, size): (Vec<_>, &u64)| Region { size: *size, segments: segments.into_boxed_slice() };
+        Ok(Self { regions: regions.into_iter().zip(sizes).map(region).collect() })
     }
 
-    /// The segments of a region; none for regions that are not the device's own.
-    #[inline]
-    pub fn segments(&self, region: u32) -> &[Segment] {
-        self.regions.get(region as usize).map_or(&[], |segments| segments)
+    fn plain(&self) -> u64 {
+        let regions = self.regions.iter().take(64).enumerate();
+        regions.filter(|(_, region)| region.segments.is_empty()).fold(0, |bits, (region, _)| bits | 1 << region)
     }
+
+    #[inline]
+    fn hooked(&self, region: u32) -> Option<&Region> {
+        self.regions.get(region as usize).filter(|region| !region.segments.is_empty())
+    }
+}
+
+/// So many segments are looked through in order: a processor guesses that better than it halves.
+const FEW: usize = 8;
+
+impl Region {
+    #[inline]
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The claim, or none, that a whole access lies in. `None` when it is empty, leaves the region or is not one piece.
+    #[inline(always)]
+    pub fn whole(&self, offset: u64, length: usize) -> Option<Option<usize>> {
+        let end = offset.checked_add(length as u64).filter(|end| *end <= self.size && offset < *end)?;
+        let from = if self.segments.len() <= FEW { 0 } else { after(&self.segments, offset) };
+        match self.segments[from..].iter().find(|segment| segment.end > offset) {
+            None => Some(None),
+            Some(segment) if end <= segment.start => Some(None),
+            Some(segment) => (segment.start <= offset && end <= segment.end).then_some(Some(segment.claim)),
+        }
+    }
+}
+
+/// How many segments end at or before `offset`.
+#[inline]
+fn after(segments: &[Segment], offset: u64) -> usize {
+    segments.partition_point(|segment| segment.end <= offset)
 }
 
 /// The first piece of `length` bytes at `offset`.
 #[inline]
 pub fn first_piece(segments: &[Segment], offset: u64, length: usize) -> Piece {
-    let at = segments.partition_point(|segment| segment.end <= offset);
+    let at = after(segments, offset);
     let cut = |bound: u64| length.min(usize::try_from(bound - offset).unwrap_or(usize::MAX));
     match segments.get(at) {
         None => Piece { length, claim: None },
@@ -124,14 +214,40 @@ mod tests {
         assert!(!refused(&[normal, tracking]));
     }
 
+    /// The quick answer and the lookup agree, for the regions that it knows and the first that it does not.
+    #[test]
+    fn plain_regions_are_those_without_segments_in_the_table_that_holds() {
+        let only = |region, map| Claim {
+            region,
+            normal: map == TrapMap::Normal,
+            tracking: map == TrapMap::Tracking,
+            ..claim(0, 8)
+        };
+        let claims = [only(1, TrapMap::Normal), only(63, TrapMap::Tracking), only(64, TrapMap::Normal)];
+        let tables = Tables::new(&claims, &[64; 66]).unwrap();
+        for map in [TrapMap::Normal, TrapMap::Tracking, TrapMap::Normal] {
+            tables.select(map);
+            assert_eq!(tables.map(), map);
+            for region in 0..64 {
+                assert_eq!(tables.is_plain(region), tables.hooked(region).is_none(), "{region} of {map:?}");
+            }
+            assert!([64, 65, 66, u32::MAX].iter().all(|region| !tables.is_plain(*region)));
+        }
+        assert!([1, 64].iter().all(|region| tables.hooked(*region).is_some()));
+        assert!([0, 63, 65, 66, u32::MAX].iter().all(|region| tables.hooked(*region).is_none()));
+        // What is not the device's own is never plain.
+        assert!(!Tables::new(&[], &[64; 2]).unwrap().is_plain(2));
+    }
+
     proptest! {
         /// Byte by byte: each belongs to the claim that covers it, or to none.
         ///
         /// spec: DISPATCH-2
         #[test]
         fn pieces_agree_with_a_byte_by_byte_oracle(
-            cuts in prop::collection::btree_set(0u64..64, 0..8),
-            held in any::<u8>(),
+            // Around the number of segments from which they are searched otherwise.
+            cuts in prop::collection::btree_set(0u64..64, 0..24),
+            held in any::<u32>(),
             offset in 0u64..64,
             length in 1usize..32,
         ) {
@@ -144,9 +260,17 @@ mod tests {
                 .map(|(_, pair)| claim(pair[0], pair[1] - pair[0]))
                 .collect();
             let table = Table::new(&claims, TrapMap::Normal, &[64]).unwrap();
+            let segments = table.hooked(0).map_or(&[][..], Region::segments);
+            if let Some(region) = table.hooked(0) {
+                let first = first_piece(segments, offset, length);
+                prop_assert_eq!(region.whole(offset, length), (first.length == length).then_some(first.claim));
+                prop_assert_eq!(region.whole(offset, 0), None);
+                prop_assert_eq!(region.whole(offset, 65 - offset as usize), None);
+                prop_assert_eq!(region.whole(u64::MAX, length), None);
+            }
             let (mut at, mut left) = (offset, length);
             while left > 0 {
-                let piece = first_piece(table.segments(0), at, left);
+                let piece = first_piece(segments, at, left);
                 prop_assert!(piece.length > 0 && piece.length <= left);
                 for byte in at..at + piece.length as u64 {
                     let owner = claims.iter().position(|claim| (claim.offset..claim.offset + claim.length).contains(&byte));

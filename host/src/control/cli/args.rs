@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::control::config::{DeviceName, Draft, OnStall, OpenBy, default_control_socket};
+use crate::control::config::{Bandwidth, DeviceName, Draft, OnStall, OpenBy, default_control_socket};
 use crate::control::exit;
 use crate::control::units::ByteSize;
 use crate::device::vfio::VfToken;
@@ -157,6 +157,9 @@ pub struct RunArgs {
     /// Switch over once the estimated downtime is not above this
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=crate::control::config::MS_MAX))]
     pub downtime_ms_max: Option<u64>,
+    /// Send no more than this a second when migrating: 100M
+    #[arg(long, value_name = "SIZE")]
+    pub bandwidth_max: Option<Bandwidth>,
     /// Most pre-copy rounds
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(crate::control::config::ROUNDS_MAX)))]
     pub rounds_max: Option<u32>,
@@ -290,6 +293,7 @@ impl RunArgs {
         draft.insecure |= self.insecure;
         let limits = &mut draft.limits;
         limits.downtime_ms_max = self.downtime_ms_max.or(limits.downtime_ms_max);
+        limits.bandwidth_max = self.bandwidth_max.or(limits.bandwidth_max);
         limits.rounds_max = self.rounds_max.or(limits.rounds_max);
         limits.on_stall = self.on_stall.or(limits.on_stall);
         Ok(draft)

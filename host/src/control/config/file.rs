@@ -11,7 +11,8 @@ use std::str::FromStr;
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 
 use super::{
-    ConfigError, DeviceConfig, DeviceName, Draft, FILE_MAX, Limits, MS_MAX, MemorySize, OnStall, OpenBy, ROUNDS_MAX,
+    Bandwidth, ConfigError, DeviceConfig, DeviceName, Draft, FILE_MAX, Limits, MS_MAX, MemorySize, OnStall, OpenBy,
+    ROUNDS_MAX,
 };
 use crate::control::address;
 use crate::control::units::ByteSize;
@@ -45,6 +46,7 @@ struct MigrationTable {
     listen: Option<toml::Spanned<String>>,
     insecure: bool,
     downtime_ms_max: Option<Milliseconds>,
+    bandwidth_max: Option<Text<Bandwidth>>,
     rounds_max: Option<Rounds>,
     stalled_rounds_max: Option<Rounds>,
     on_stall: Option<OnStall>,
@@ -174,6 +176,7 @@ impl MigrationTable {
         let rounds = |value: Option<Rounds>| value.map(|value| u32::try_from(value.0).unwrap_or(ROUNDS_MAX));
         Limits {
             downtime_ms_max: ms(self.downtime_ms_max),
+            bandwidth_max: self.bandwidth_max.as_ref().map(|limit| limit.0),
             rounds_max: rounds(self.rounds_max),
             stalled_rounds_max: rounds(self.stalled_rounds_max),
             on_stall: self.on_stall,

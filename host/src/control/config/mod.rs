@@ -147,6 +147,29 @@ impl MemorySize {
     }
 }
 
+/// Least bandwidth that a migration may be limited to, in bytes per second: below it, deadlines would strike first.
+pub const BANDWIDTH_MIN: u64 = 64 << 10;
+
+/// Bytes per second, written as a size: 100M. At least [`BANDWIDTH_MIN`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bandwidth(u64);
+
+impl Bandwidth {
+    pub fn bytes_per_second(self) -> u64 {
+        self.0
+    }
+}
+
+impl FromStr for Bandwidth {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let ByteSize(bytes) = text.parse().map_err(|error: super::units::BadQuantity| error.to_string())?;
+        let too_slow = || format!("{text} a second is less than {}", ByteSize(BANDWIDTH_MIN));
+        if bytes >= BANDWIDTH_MIN { Ok(Self(bytes)) } else { Err(too_slow()) }
+    }
+}
+
 /// What to do when pre-copy does not get anywhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
@@ -161,6 +184,8 @@ pub enum OnStall {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Limits {
     pub downtime_ms_max: Option<u64>,
+    /// Of one migration out; `None`: as fast as the link
+    pub bandwidth_max: Option<Bandwidth>,
     pub rounds_max: Option<u32>,
     pub stalled_rounds_max: Option<u32>,
     pub on_stall: Option<OnStall>,

@@ -98,6 +98,20 @@ fn limits_end_where_they_say() {
     }
 }
 
+#[test]
+fn a_bandwidth_is_a_size_a_second_with_a_least_one() {
+    for (text, fits) in
+        [("65535", false), ("65536", true), ("65537", true), ("64K", true), ("63K", false), ("1G", true), ("0", false)]
+    {
+        let file = format!("[migration]\nbandwidth_max = \"{text}\"");
+        assert_eq!(parse(&file).is_ok(), fits, "{file}");
+    }
+    assert_eq!(
+        complaint("[migration]\nbandwidth_max = \"1K\""),
+        "/etc/vm.toml:2: migration.bandwidth_max: 1K a second is less than 64K"
+    );
+}
+
 /// spec: CONTROL-5
 #[test]
 fn memory_is_a_positive_multiple_of_the_page_size_within_the_hosts_limit() {

@@ -16,6 +16,7 @@ mod embedder;
 mod greeting;
 mod incoming;
 mod outgoing;
+mod throttle;
 mod watch;
 
 use std::fs::File;

@@ -4,6 +4,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::throttle::Throttled;
 use super::watch::{Watch, policy};
 use super::{Guest, Host, lock};
 use crate::control::address;
@@ -15,12 +16,12 @@ use crate::migration::driver::{
 };
 use crate::migration::policy::Policy;
 use crate::migration::report::Report;
-use crate::migration::transport::TcpTransport;
+use crate::migration::transport::{TcpTransport, Transport};
 use crate::migration::wire::MigrationId;
 
 /// How often a lost answer is asked for again before the operator is told that it is in doubt, and how long between.
 const SETTLE_TRIES: u32 = 5;
-const SETTLE_PAUSE: Duration = Duration::from_secs(1);
+const SETTLE_PAUSE: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 1000 });
 /// Afterwards it is asked for in ever longer intervals, until somebody resolves it.
 const SETTLE_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// For a destination to say that it heard that the guest stayed.
@@ -116,6 +117,15 @@ impl Host {
         Ok(job)
     }
 
+    /// A connection no faster than the operator allows.
+    fn connect(&self, to: &[SocketAddr]) -> Result<Box<dyn Transport>, String> {
+        let plain = connect(to)?;
+        Ok(match self.config.limits.bandwidth_max {
+            Some(limit) => Box::new(Throttled::new(plain, limit.bytes_per_second())),
+            None => plain,
+        })
+    }
+
     /// Asks for the migration under way to be given up.
     pub fn cancel(&self) -> Result<(), Failure> {
         let state = lock(&self.state);
@@ -129,7 +139,7 @@ impl Host {
     fn run_out(&self, mediated: Arc<MediatedHost>, to: Vec<SocketAddr>, verify: bool, job: &Arc<Job>) {
         let _last_word = LastWord(job);
         let begun = MigrationId::random().map_err(|error| format!("making an id: {error}"));
-        let (id, link) = match begun.and_then(|id| connect(&to).map(|link| (id, link))) {
+        let (id, link) = match begun.and_then(|id| self.connect(&to).map(|link| (id, link))) {
             Ok(begun) => begun,
             Err(why) => return self.ended(job, Guest::Here, Err(Failure::new(FailureCode::NotMigrated, why))),
         };
@@ -186,7 +196,7 @@ impl Host {
             if self.waits_to_stop(pause) || !matches!(&lock(&self.state).guest, Guest::InDoubt(_)) {
                 return;
             }
-            let Ok(link) = connect(&out.to) else { continue };
+            let Ok(link) = self.connect(&out.to) else { continue };
             let doubt = {
                 let mut state = lock(&self.state);
                 match std::mem::replace(&mut state.guest, Guest::Awaited) {
@@ -298,7 +308,7 @@ fn tell_kept(out: &Out<'_>) -> bool {
 
 /// One attempt to have the lost answer after all.
 fn settle(out: &Out<'_>, doubt: Box<InDoubt>) -> Result<Report, MigrationError> {
-    match connect(&out.to) {
+    match out.host.connect(&out.to) {
         Ok(link) => doubt.settle_out(out.job(), link),
         Err(_) => Err(MigrationError::InDoubt(doubt)),
     }

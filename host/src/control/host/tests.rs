@@ -218,6 +218,62 @@ fn what_cannot_be_migrated_is_refused_before_anything_moves() {
     stop(&destination);
 }
 
+/// A pair that cannot agree in time: the destination is held at `phase`, until the source has told that it is in doubt.
+fn in_doubt(here: &Place, there: &Place, phase: Phase) -> (Arc<Host>, Arc<Host>, Arc<Watcher>, String) {
+    let watcher = Watcher::holding(phase);
+    let destination = there.destination(&watcher).unwrap();
+    let mut config = here.config(None);
+    config.limits.switchover_answer_ms_max = Some(200);
+    config.limits.answer_ms_max = Some(200);
+    let source = Host::start(config, Arc::new(NoGuest)).unwrap();
+    let job = source.migrate(&destination.listening().unwrap().to_string(), false, false).unwrap();
+    watcher.wait_held();
+    let Response::Error(failure) = end(&job) else { panic!("{:?}", end(&job)) };
+    assert_eq!(failure.code, FailureCode::InDoubt, "{failure}");
+    let id = source.doubt().expect("it is in doubt").id;
+    (source, destination, watcher, id)
+}
+
+/// spec: CONTROL-47
+#[test]
+fn a_source_in_doubt_runs_nothing_and_asks_until_it_is_answered() {
+    let (here, there) = (Place::new(), Place::new());
+    let (source, destination, watcher, _) = in_doubt(&here, &there, Phase::Resuming);
+    assert!(source.migrate("127.0.0.1:1", false, false).unwrap_err().code == FailureCode::InDoubt);
+    assert!(source.may_stop(false).is_err());
+    assert_eq!(watcher.told(), (0, 0), "held: nobody runs the guest");
+    watcher.let_go();
+    settled(&destination, Ownership::Here);
+    settled(&source, Ownership::Elsewhere);
+    assert_eq!(watcher.told(), (1, 0));
+    stop(&source);
+    stop(&destination);
+}
+
+/// spec: CONTROL-47
+#[test]
+fn an_operator_resolves_what_cannot_be_asked() {
+    let (here, there) = (Place::new(), Place::new());
+    let (source, destination, watcher, id) = in_doubt(&here, &there, Phase::Resuming);
+    assert!(source.resolve(&"0".repeat(32), Run::There).unwrap_err().message.contains(&id));
+    // The background may have the doubt in hand at this moment; then it says so.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match source.resolve(&id, Run::There) {
+            Ok(_) => break,
+            Err(failure) => assert!(failure.message.contains("ask again"), "{failure}"),
+        }
+        assert!(Instant::now() < deadline);
+    }
+    assert_eq!(source.ownership().0, Ownership::Elsewhere);
+    watcher.let_go();
+    settled(&destination, Ownership::Here);
+    stop(&source);
+    stop(&destination);
+    drop(source);
+    assert!(matches!(here.source(&Arc::default()), Err(StartError::GuestElsewhere { .. })));
+}
+
 /// spec: CONTROL-42
 #[test]
 fn two_hosts_do_not_share_a_journal() {

@@ -23,6 +23,10 @@
 //! ```
 //!
 //! Either the closer sees the slot, or the entering thread sees the closed state; likewise for the wake-up.
+//!
+//! What one access costs is decided here: [`Gate::enter_quickly`] is one comparison (this thread has a slot of its own,
+//! and needs no fence), the slot, and the state word, which says everything at once; whatever is not the usual case is out
+//! of line. [`Pass::leave`] looks at the state word once, for the closer and for the queue.
 //! Locks: `turn` (a leaf: nothing is called while it is held).
 
 #[cfg(all(test, loom))]
@@ -32,6 +36,7 @@ mod tests;
 mod thread_index;
 
 use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
 use std::time::Instant;
 
 use rustix::io::Errno;
@@ -195,6 +200,9 @@ struct Turn {
 #[derive(Debug)]
 pub struct Gate {
     state: AtomicU32,
+    /// Threads with an index below it go the quick way: all that have a slot of their own, or none where both sides of the
+    /// fence cost
+    quick: usize,
     #[cfg(not(loom))]
     fence: AsymmetricFence,
     slots: [Slot; OWN_SLOTS + 1],
@@ -206,10 +214,17 @@ pub struct Gate {
 impl Gate {
     /// A gate that is closed for `reason` until somebody closes it and releases it open.
     pub fn new(reason: Reason) -> Self {
+        #[cfg(not(loom))]
+        let fence = AsymmetricFence::get();
+        #[cfg(not(loom))]
+        let quick = if fence == AsymmetricFence::Membarrier { OWN_SLOTS } else { 0 };
+        #[cfg(loom)]
+        let quick = OWN_SLOTS;
         Self {
             state: AtomicU32::new(reason as u32),
+            quick,
             #[cfg(not(loom))]
-            fence: AsymmetricFence::get(),
+            fence,
             slots: std::array::from_fn(|_| Slot(AtomicU32::new(0))),
             turn: Mutex::new(Turn { taken: false }),
             changed: Condvar::new(),
@@ -231,21 +246,57 @@ impl Gate {
         }
     }
 
+    /// As [`Self::enter`], where that takes next to nothing. `None`: go the other way, which may let the access in or say
+    /// why not.
+    #[inline(always)]
+    pub fn enter_quickly(&self, class: Class) -> Option<Pass<'_>> {
+        let index = thread_index::assigned();
+        if index >= self.quick {
+            return None;
+        }
+        let slot = &self.slots[index % OWN_SLOTS].0;
+        let closed = self.count(slot, Way::Quick, class);
+        if closed != 0 {
+            self.refuse(slot, Way::Quick);
+            return None;
+        }
+        Some(Pass { gate: self, slot, way: Way::Quick, not_send: PhantomData })
+    }
+
     #[inline]
     fn enter_at(&self, index: usize, class: Class) -> Result<Pass<'_>, GateClosed> {
+        let way = match index {
+            OVERFLOW => Way::Shared,
+            index if index < self.quick => Way::Quick,
+            _ => Way::Fenced,
+        };
         let slot = &self.slots[index].0;
-        if index == OVERFLOW {
-            slot.fetch_add(1, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
-        } else {
-            // Only this thread writes its slot.
-            slot.store(slot.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-            self.light();
+        let closed = self.count(slot, way, class);
+        if closed != 0 {
+            self.refuse(slot, way);
+            return Err(refusal(closed));
         }
-        // Acquire: what was done under the last exclusive turn is seen. Constructed first: a refusal drops it.
-        let pass = Pass { gate: self, index, not_send: PhantomData };
-        let closed = self.state.load(Ordering::Acquire) & class.mask();
-        if closed == 0 { Ok(pass) } else { Err(refusal(closed)) }
+        Ok(Pass { gate: self, slot, way, not_send: PhantomData })
+    }
+
+    /// Counts one access in and looks whether it may be: the reason bits, 0 for none.
+    #[inline(always)]
+    fn count(&self, slot: &AtomicU32, way: Way, class: Class) -> u32 {
+        match way {
+            Way::Shared => _ = slot.fetch_add(1, Ordering::Relaxed),
+            // Only this thread writes its slot.
+            Way::Quick | Way::Fenced => slot.store(slot.load(Ordering::Relaxed) + 1, Ordering::Relaxed),
+        }
+        way.light();
+        // Acquire: what was done under the last exclusive turn is seen.
+        self.state.load(Ordering::Acquire) & class.mask()
+    }
+
+    /// Takes a count back. Whoever raised attention in between still has to look himself, as ever.
+    #[cold]
+    #[inline(never)]
+    fn refuse(&self, slot: &AtomicU32, way: Way) {
+        self.leave(slot, way);
     }
 
     #[cold]
@@ -265,23 +316,28 @@ impl Gate {
         }
     }
 
-    #[inline]
-    fn leave(&self, index: usize) {
-        let slot = &self.slots[index].0;
+    /// True when somebody asked for attention.
+    #[inline(always)]
+    fn leave(&self, slot: &AtomicU32, way: Way) -> bool {
         // Release: the closer that sees the slot empty sees what the access did.
-        if index == OVERFLOW {
-            slot.fetch_sub(1, Ordering::Release);
-            fence(Ordering::SeqCst);
-        } else {
-            slot.store(slot.load(Ordering::Relaxed) - 1, Ordering::Release);
-            self.light();
+        match way {
+            Way::Shared => _ = slot.fetch_sub(1, Ordering::Release),
+            Way::Quick | Way::Fenced => slot.store(slot.load(Ordering::Relaxed) - 1, Ordering::Release),
         }
-        if self.state.load(Ordering::Relaxed) & DRAINING != 0 {
-            self.wake_closer();
-        }
+        way.light();
+        let state = self.state.load(Ordering::Relaxed);
+        state & (DRAINING | ATTENTION) != 0 && self.tell(state)
     }
 
     #[cold]
+    #[inline(never)]
+    fn tell(&self, state: u32) -> bool {
+        if state & DRAINING != 0 {
+            self.wake_closer();
+        }
+        state & ATTENTION != 0
+    }
+
     fn wake_closer(&self) {
         // Under the lock, so that the closer is either before its look at the slots or already waiting.
         let _turn = lock(&self.turn);
@@ -395,14 +451,6 @@ impl Gate {
         }
     }
 
-    #[inline(always)]
-    fn light(&self) {
-        #[cfg(not(loom))]
-        self.fence.light();
-        #[cfg(loom)]
-        fence(Ordering::SeqCst);
-    }
-
     fn heavy(&self) {
         #[cfg(not(loom))]
         self.fence.heavy();
@@ -413,6 +461,31 @@ impl Gate {
 
 #[derive(Debug)]
 struct TimedOut;
+
+/// How a thread counts its passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// In a slot of its own, and the closer pays for the order
+    Quick,
+    /// In a slot of its own, and both pay
+    Fenced,
+    /// In the overflow slot, with others
+    Shared,
+}
+
+impl Way {
+    /// The reader's side of the fence.
+    #[inline(always)]
+    fn light(self) {
+        #[cfg(not(loom))]
+        match self {
+            Self::Quick => AsymmetricFence::Membarrier.light(),
+            Self::Fenced | Self::Shared => fence(Ordering::SeqCst),
+        }
+        #[cfg(loom)]
+        fence(Ordering::SeqCst);
+    }
+}
 
 fn lock(turn: &Mutex<Turn>) -> MutexGuard<'_, Turn> {
     turn.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -430,14 +503,24 @@ fn refusal(closed: u32) -> GateClosed {
 #[must_use = "dropping the pass ends the access"]
 pub struct Pass<'a> {
     gate: &'a Gate,
-    index: usize,
+    slot: &'a AtomicU32,
+    way: Way,
     not_send: PhantomData<*const ()>,
 }
 
+impl Pass<'_> {
+    /// Ends the access. True when somebody asked for attention ([`Gate::raise_attention`]).
+    #[inline(always)]
+    pub fn leave(self) -> bool {
+        let pass = ManuallyDrop::new(self);
+        pass.gate.leave(pass.slot, pass.way)
+    }
+}
+
 impl Drop for Pass<'_> {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
-        self.gate.leave(self.index);
+        self.gate.leave(self.slot, self.way);
     }
 }
 

@@ -181,3 +181,36 @@ fn no_pass_is_in_flight_during_a_turn_with_more_threads_than_slots() {
     let entered: u64 = threads.into_iter().map(|thread| thread.join().unwrap()).sum();
     assert!(entered > 0);
 }
+
+/// The quick way in answers as the other does, and a refusal leaves nothing behind that a closer would wait for.
+#[test]
+fn the_quick_way_in_keeps_the_gates_promise() {
+    let gate = open();
+    // Where this thread has no slot of its own, or the kernel no fence, there is no quick way, which is always right.
+    let offered = gate.enter_quickly(Class::Memory).is_some();
+    assert_eq!(offered, thread_index::current() < gate.quick);
+    let turn = gate.close(Reason::StateArc, soon()).unwrap();
+    assert!(gate.enter_quickly(Class::Control).is_none());
+    turn.release(Standing { everything: None, memory: Some(Reason::MemoryDisabled) });
+    assert!(gate.enter_quickly(Class::Memory).is_none() && !gate.is_held());
+    assert_eq!(gate.enter_quickly(Class::Control).is_some(), offered);
+    gate.close(Reason::StateArc, Instant::now()).unwrap().release(Standing::OPEN);
+    if let Some(pass) = gate.enter_quickly(Class::Memory) {
+        assert!(gate.is_held());
+        assert_eq!(gate.close(Reason::Resetting, soon()).unwrap_err(), CloseError::Held);
+        gate.raise_attention();
+        assert!(pass.leave() && !gate.is_held());
+    }
+}
+
+/// As where membarrier is refused: every thread fences.
+#[test]
+fn without_the_quick_way_the_gate_works_the_same() {
+    let mut gate = open();
+    gate.quick = 0;
+    assert!(gate.enter_quickly(Class::Memory).is_none());
+    let pass = gate.enter(Class::Memory).unwrap();
+    assert_eq!(gate.close(Reason::Resetting, soon()).unwrap_err(), CloseError::Held);
+    assert!(!pass.leave());
+    gate.close(Reason::Resetting, Instant::now()).unwrap().release(Standing::OPEN);
+}

@@ -57,6 +57,12 @@ pub fn current() -> usize {
     if index == UNASSIGNED { assign() } else { index }
 }
 
+/// As [`current`], but larger than every index while this thread has none.
+#[inline(always)]
+pub fn assigned() -> usize {
+    INDEX.get()
+}
+
 #[cold]
 fn assign() -> usize {
     // Registers the destructor. A thread whose locals are already gone stays in the overflow slot: nobody would give its
