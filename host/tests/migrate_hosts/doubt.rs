@@ -67,7 +67,28 @@ fn a_wire_that_breaks_at_any_of_the_last_records_leaves_one_runner() {
     assert_eq!(failed, 0);
 }
 
-/// The wire breaks after `kind` arrived and stays broken.
+/// spec: HOST-8
+#[test]
+fn a_destination_that_could_not_be_told_at_once_is_told_when_the_wire_is_mended() {
+    for kind in [Kind::Ready, Kind::Commit] {
+        let there = Side::start(Setup::new("sim:stateful").listening());
+        let here = Side::start(Setup::new("sim:stateful"));
+        let cut = Cut { kind, bytes: Bytes::None };
+        let proxy = Proxy::start(there.address(), Some(cut), true);
+        let failure = here.migrate(proxy.address).unwrap_err();
+        until("the destination's doubt", || there.ownership() == Ownership::InDoubt);
+        if kind == Kind::Ready {
+            assert_eq!(failure.code, FailureCode::NotMigrated, "{failure}");
+            here.assert_runs();
+        }
+        proxy.mend();
+        assert_one_runs(&here, &there, cut);
+        here.stop();
+        there.stop();
+    }
+}
+
+/// The wire breaks before `kind` gets through, and stays broken.
 fn in_doubt(kind: Kind) -> (Side, Side, String) {
     let there = Side::start(Setup::new("sim:stateful").listening());
     let here = Side::start(Setup::new("sim:stateful"));

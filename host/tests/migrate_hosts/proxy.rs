@@ -29,7 +29,7 @@ pub struct Proxy {
     /// Fires once
     cut: Mutex<Option<Cut>>,
     /// After the cut nobody gets through
-    stays_cut: bool,
+    stays_cut: AtomicBool,
     is_cut: AtomicBool,
 }
 
@@ -39,13 +39,13 @@ impl Proxy {
         let proxy = Arc::new(Self {
             address: listener.local_addr().unwrap(),
             cut: Mutex::new(cut),
-            stays_cut,
+            stays_cut: AtomicBool::new(stays_cut),
             is_cut: AtomicBool::new(false),
         });
         let weak = Arc::downgrade(&proxy);
         std::thread::spawn(move || {
             while let (Ok((from, _)), Some(proxy)) = (listener.accept(), weak.upgrade()) {
-                if proxy.stays_cut && proxy.is_cut() {
+                if proxy.is_cut() && proxy.stays_cut.load(Ordering::SeqCst) {
                     continue;
                 }
                 let Ok(to) = TcpStream::connect(to) else { continue };
@@ -65,6 +65,10 @@ impl Proxy {
 
     pub fn is_cut(&self) -> bool {
         self.is_cut.load(Ordering::SeqCst)
+    }
+
+    pub fn mend(&self) {
+        self.stays_cut.store(false, Ordering::SeqCst);
     }
 
     fn carry(&self, mut from: &TcpStream, mut to: &TcpStream) -> std::io::Result<()> {

@@ -52,8 +52,6 @@ pub struct Setup {
     pub limits: Limits,
     /// Nobody can tell what the vCPUs write
     pub no_cpu_dirt: bool,
-    /// The guest leaves its memory and its devices alone
-    pub idle: bool,
 }
 
 impl Setup {
@@ -67,7 +65,7 @@ impl Setup {
         };
         let plugin = device.starts_with("sim:edu");
         let (devices, memory) = (vec![device], MEMORY);
-        Self { devices, plugin, memory, listen: false, limits, no_cpu_dirt: false, idle: false }
+        Self { devices, plugin, memory, listen: false, limits, no_cpu_dirt: false }
     }
 
     pub fn listening(self) -> Self {
@@ -162,19 +160,14 @@ impl Vm {
         bytes
     }
 
-    fn live(
-        setup: &Setup,
-        machine: &InProcess,
-        devices: &[Arc<MediatedDevice>],
-        thread: &GuestThread,
-    ) -> Result<(), String> {
+    fn live(machine: &InProcess, devices: &[Arc<MediatedDevice>], thread: &GuestThread) -> Result<(), String> {
         if !thread.checkpoint() {
             return Ok(());
         }
         let guest = Guest { ram: machine.memory().ram().mapping(), devices };
         guest.wake()?;
         while thread.checkpoint() {
-            guest.step(setup.idle)?;
+            guest.step()?;
             // A guest that stores without end would be a benchmark.
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -190,9 +183,9 @@ impl VmmPort for Vm {
     fn resume(&self) -> Result<(), VmmError> {
         if self.resumed.fetch_add(1, Ordering::SeqCst) == 0 {
             *lock(&self.arrived) = Some(self.ram());
-            let (thread, machine, setup) = (self.machine.attach(), Arc::clone(&self.machine), self.setup.clone());
+            let (thread, machine) = (self.machine.attach(), Arc::clone(&self.machine));
             let devices = lock(&self.devices).clone();
-            let run = move || Self::live(&setup, &machine, &devices, &thread);
+            let run = move || Self::live(&machine, &devices, &thread);
             *lock(&self.thread) = Some(std::thread::spawn(run));
         }
         self.machine.resume()
@@ -265,9 +258,12 @@ impl Side {
         lock(&self.world.hook).take();
     }
 
+    fn guest(&self) -> Guest<'_> {
+        Guest { ram: self.vm().machine.memory().ram().mapping(), devices: &[] }
+    }
+
     pub fn steps(&self) -> u64 {
-        let vm = self.vm();
-        Guest { ram: vm.machine.memory().ram().mapping(), devices: &[] }.steps()
+        self.guest().steps()
     }
 
     /// Keeps the next migration out of its downtime until device 0 has written memory that was sent before.
@@ -297,8 +293,10 @@ impl Side {
     #[track_caller]
     pub fn assert_runs(&self) {
         assert_eq!(self.ownership(), Ownership::Here, "{:?}", self.host.ownership());
-        let before = self.steps();
-        until("the guest's next step", || self.steps() > before + 3 || self.guest_failed());
+        let before = (self.steps(), self.guest().rungs());
+        until("the next step of guest and device", || {
+            (self.steps() > before.0 + 3 && self.guest().rungs() > before.1 + 1) || self.guest_failed()
+        });
         assert!(!self.guest_failed(), "{:?}", self.end_guest());
     }
 

@@ -10,7 +10,9 @@ use crate::migration::cause::{Phase, Role};
 
 /// Brings the VMM, and watches. Every method may be called from any thread of the host's, under none of its locks.
 pub trait Embedder: Send + Sync + 'static {
-    /// Makes the VMM for this machine. Its guest must not run before [`VmmPort::resume`].
+    /// Makes the VMM for this machine. Its guest must not run before [`VmmPort::resume`]. On a host that awaits a guest, guest
+    /// memory must not be written before that either: a page that the source has as zeroes is not sent into memory that
+    /// was never written.
     fn vmm(&self, machine: &Machine) -> Result<Arc<dyn VmmPort>, String>;
 
     /// A phase of a migration begins; whoever blocks here holds the migration.
