@@ -12,8 +12,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use vfio_mediate::device::*;
 use vfio_mediate::mediation::gate::Reason;
-use vfio_mediate::mediation::mediator::{IrqClaim, MmapAnswer, Request, Verdict};
-use vfio_mediate::mediation::{MediationError, Remedy};
+use vfio_mediate::mediation::mediator::{ExtraRegion, IrqClaim, MmapAnswer, Request, Verdict};
+use vfio_mediate::mediation::{MediatedDevice, MediationError, Remedy};
 use vfio_mediate::sys::{Seal, memfd};
 use vfio_mediate_sdk::abi;
 
@@ -147,6 +147,50 @@ fn an_mmap_hook_gives_a_file_in_place_of_the_claimed_pages() {
     };
     let total: u64 = areas.iter().map(|area| area.length).sum();
     assert_eq!(total, BAR - PAGE);
+}
+
+/// An extra region of two pages, with a file of `size` bytes behind its mmap hook.
+fn extra_with_file(seal: Seal, size: u64, offset: u64) -> vfio_mediate::mediation::Result<Arc<MediatedDevice>> {
+    open_script(&Arc::new(FakeDevice::new()), move |script| {
+        script.extra_regions = vec![ExtraRegion { flags: 3, size: 2 * PAGE + 1, type_: 5, subtype: 6, has_mmap: true }];
+        script.stand_in = Box::new(move || {
+            let fd = memfd("extra", size, seal).unwrap();
+            rustix::io::pwrite(&fd, b"behind", offset).unwrap();
+            MmapAnswer::Instead { fd, offset }
+        });
+    })
+}
+
+/// spec: LAYOUT-5
+#[test]
+fn an_extra_regions_whole_pages_are_mapped_from_its_file() {
+    let mediated = extra_with_file(Seal::Size, 3 * PAGE, PAGE).unwrap();
+    let index = mediated.info().num_regions - 1;
+    let info = mediated.region_info(index).unwrap();
+    assert_ne!(info.flags & vfio_bindings::bindings::vfio::VFIO_REGION_INFO_FLAG_MMAP, 0);
+    let sparse = RegionCapability::SparseMmap(vec![Area { offset: 0, length: 2 * PAGE }]);
+    assert!(info.capabilities.contains(&sparse), "the last byte is no whole page: {info:?}");
+    let mut data = [0; 6];
+    mediated.region_map(index, 0, 2 * PAGE).unwrap().read(0, &mut data).unwrap();
+    assert_eq!(&data, b"behind");
+    for (offset, length) in [(PAGE, 2 * PAGE), (2 * PAGE, PAGE), (3 * PAGE, PAGE)] {
+        assert_eq!(mediated.region_map(index, offset, length).unwrap_err().errno(), Errno::NODEV);
+    }
+}
+
+/// spec: LAYOUT-6
+#[test]
+fn a_file_that_could_fault_a_client_is_refused_at_open() {
+    extra_with_file(Seal::Size, 2 * PAGE, 0).unwrap();
+    for (seal, size, offset) in [
+        (Seal::Open, 2 * PAGE, 0),        // could be cut short later
+        (Seal::Size, 2 * PAGE - 1, 0),    // ends inside the last page
+        (Seal::Size, 2 * PAGE, PAGE),     // too short from its offset on
+        (Seal::Size, 3 * PAGE, PAGE + 1), // not on a page
+    ] {
+        let error = extra_with_file(seal, size, offset).unwrap_err();
+        assert!(matches!(error, MediationError::PluginFault { .. }), "{seal:?} {size} {offset}: {error}");
+    }
 }
 
 fn new_eventfd() -> OwnedFd {

@@ -47,7 +47,10 @@ impl MediatedDevice {
         let extra = self.plugin.as_ref().and_then(|plugin| plugin.extra_regions().get(position));
         let extra = extra.ok_or_else(|| MediationError::refused(format!("region {index}"), Errno::INVAL))?;
         let kind = RegionCapability::Type { type_: extra.type_, subtype: extra.subtype };
-        Ok(RegionInfo { index, flags: extra.flags, size: extra.size, capabilities: vec![kind] })
+        let own = RegionInfo { index, flags: extra.flags, size: extra.size, capabilities: vec![kind] };
+        let info = abi::RegionInfo { struct_size: 0, index, flags: extra.flags, reserved: 0, size: extra.size };
+        let stand_ins = self.stand_ins.iter().filter(|stand_in| stand_in.region == index);
+        Ok(with_areas(&own, &info, stand_ins.map(|stand_in| stand_in.area).collect()))
     }
 
     /// Maps part of a region into this process: whole areas of [`Self::region_info`] only. ENODEV where nothing may be

@@ -63,6 +63,10 @@ impl Mediator for OpenDevice {
         self.claim_mmap(claim, frame, offset, length)
     }
 
+    fn extra_mmap(&self, extra: usize, region: u32, frame: CallFrame<'_>, offset: u64, length: u64) -> MmapAnswer {
+        OpenDevice::extra_mmap(self, extra, region, frame, offset, length)
+    }
+
     fn irq_info(&self, claim: usize, frame: CallFrame<'_>, info: &mut abi::IrqInfo) -> Verdict {
         self.irq_claim_info(claim, frame, info)
     }

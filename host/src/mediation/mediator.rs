@@ -46,6 +46,8 @@ pub trait Mediator: Send + Sync + Debug {
     fn extra_write(&self, index: usize, region: u32, frame: CallFrame<'_>, offset: u64, data: &mut [u8]) -> Verdict;
     fn region_info(&self, claim: usize, frame: CallFrame<'_>, info: &mut abi::RegionInfo) -> Verdict;
     fn mmap(&self, claim: usize, frame: CallFrame<'_>, offset: u64, length: u64) -> MmapAnswer;
+    /// For extra region number `extra`, which the client knows as `region`.
+    fn extra_mmap(&self, extra: usize, region: u32, frame: CallFrame<'_>, offset: u64, length: u64) -> MmapAnswer;
     fn irq_info(&self, claim: usize, frame: CallFrame<'_>, info: &mut abi::IrqInfo) -> Verdict;
     fn set_irqs(&self, claim: usize, frame: CallFrame<'_>, request: &IrqSet<'_>) -> Verdict;
     fn fired(&self, claim: usize, frame: CallFrame<'_>, index: u32, vector: u32) -> Verdict;

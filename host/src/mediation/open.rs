@@ -3,6 +3,7 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use vfio_mediate_sdk::abi;
 use vfio_mediate_sdk::state::DeviceState;
@@ -119,17 +120,37 @@ impl MediatedDevice {
                 continue;
             }
             let answer = plugin.mmap(position, self.frame(Origin::Host), start, end - start);
-            if let MmapAnswer::Instead { fd, offset: fd_offset } = answer {
-                if !fd_offset.is_multiple_of(PAGE_SIZE) {
-                    let what = format!("a file offset of {fd_offset:#x} to map");
-                    return Err(MediationError::PluginFault { what });
-                }
-                let area = Area { offset: start, length: end - start };
-                stand_ins.push(StandIn { region: claim.region, area, fd, fd_offset });
+            let area = Area { offset: start, length: end - start };
+            stand_ins.extend(stand_in(claim.region, area, answer)?);
+        }
+        for (position, extra) in plugin.extra_regions().iter().enumerate().filter(|(_, extra)| extra.has_mmap) {
+            let (region, length) = (self.own_regions() + position as u32, extra.size & !(PAGE_SIZE - 1));
+            if length > 0 {
+                let answer = plugin.extra_mmap(position, region, self.frame(Origin::Host), 0, length);
+                stand_ins.extend(stand_in(region, Area { offset: 0, length }, answer)?);
             }
         }
         Ok(stand_ins)
     }
+}
+
+/// A file that a plug-in offers in place of `area`. It must be a whole file of that size which cannot shrink: a client that
+/// touched a page beyond its end would die of SIGBUS.
+fn stand_in(region: u32, area: Area, answer: MmapAnswer) -> Result<Option<StandIn>> {
+    let MmapAnswer::Instead { fd, offset: fd_offset } = answer else { return Ok(None) };
+    let fault = |what: String| Err(MediationError::PluginFault { what: format!("region {region}: {what}") });
+    if !fd_offset.is_multiple_of(PAGE_SIZE) {
+        return fault(format!("a file offset of {fd_offset:#x} to map"));
+    }
+    let seals = rustix::fs::fcntl_get_seals(&fd).unwrap_or_else(|_| SealFlags::empty());
+    if !seals.contains(SealFlags::SHRINK) {
+        return fault("the file to map is not sealed against shrinking (F_SEAL_SHRINK)".to_owned());
+    }
+    let size = rustix::fs::fstat(&fd).map_or(0, |stat| stat.st_size.cast_unsigned());
+    if fd_offset.checked_add(area.length).is_none_or(|end| end > size) {
+        return fault(format!("a file of {size:#x} bytes cannot stand in for {:#x} from {fd_offset:#x}", area.length));
+    }
+    Ok(Some(StandIn { region, area, fd, fd_offset }))
 }
 
 fn probe_identity(device: &dyn Device) -> ProbeIdentity<'_> {

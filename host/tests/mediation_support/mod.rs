@@ -497,6 +497,10 @@ impl Mediator for Script {
         (self.stand_in)()
     }
 
+    fn extra_mmap(&self, _: usize, _: u32, _: CallFrame<'_>, _: u64, _: u64) -> MmapAnswer {
+        (self.stand_in)()
+    }
+
     fn irq_info(&self, _claim: usize, _frame: CallFrame<'_>, info: &mut abi::IrqInfo) -> Verdict {
         info.count = 2;
         Verdict::Handled
