@@ -292,6 +292,32 @@ fn a_map_that_fails_at_any_step_leaves_nothing_behind() {
     assert!(empty());
 }
 
+/// spec: DMA-2
+#[test]
+fn a_map_that_devices_share_goes_with_the_last_of_them() {
+    let vm = space();
+    let device = || Arc::new(FakeDevice::new());
+    let open = |device: &Arc<FakeDevice>| {
+        MediatedDevice::with_mediator(device.clone(), vm.clone(), Default::default(), |_| Ok(None)).unwrap()
+    };
+    let (one, two, three) = (device(), device(), device());
+    let (first, second, third) = (open(&one), open(&two), open(&three));
+    for mediated in [&first, &first, &second] {
+        mediated.dma_map(map(0, 4, 0)).unwrap();
+    }
+    // Not the same map: refused, and the others keep theirs.
+    assert_eq!(third.dma_map(map(0, 4, PAGE)).unwrap_err().errno(), Errno::EXIST);
+    three.fail("dma_map", ErrorKind::Refused, Errno::NOMEM);
+    assert_eq!(third.dma_map(map(0, 4, 0)).unwrap_err().errno(), Errno::NOMEM);
+    first.dma_unmap(0, 4 * PAGE).unwrap();
+    assert!(one.maps.lock().unwrap().is_empty());
+    assert_eq!(vm.mappings(), [map(0, 4, 0)], "the second device still has it");
+    vm.read(PAGE, &mut [0; 8]).unwrap();
+    // Closing a device gives its maps back.
+    drop(second);
+    assert!(vm.mappings().is_empty() && two.maps.lock().unwrap().is_empty());
+}
+
 /// spec: SCRATCH-1
 #[test]
 fn a_guest_map_over_scratch_memory_is_refused() {

@@ -179,12 +179,14 @@ impl Drop for Shared {
         self.timers.stop();
         let scratch: Vec<(u64, Option<u64>)> =
             self.scratch.all().into_iter().map(|iova| (iova, self.scratch.length(iova))).collect();
-        let maps = self.mappings().into_iter().map(|map| (map.iova, Some(map.length)));
+        let mappings = self.mappings();
+        let maps = mappings.iter().map(|map| (map.iova, Some(map.length)));
         for (iova, length) in scratch.into_iter().chain(maps) {
             if let Some(Err(error)) = length.map(|length| self.device.dma_unmap(iova, length)) {
                 tracing::warn!(device = %self.device.identity().name, iova, %error, "unmapping at close");
             }
         }
+        mappings.iter().for_each(|map| self.memory.leave(map));
     }
 }
 

@@ -11,7 +11,7 @@ use crate::memory::IovaMapping;
 
 impl MediatedDevice {
     /// Lets the device reach part of the VM's memory. The VM's address space is shared by its devices: the first of them
-    /// adds the map, the others find it. EEXIST where it would cover a plug-in's scratch memory or another map.
+    /// adds the map, the others join it, and it goes with the last. EEXIST where it would cover a plug-in's scratch memory or another map.
     pub fn dma_map(&self, map: IovaMapping) -> Result<()> {
         self.in_lane(|| {
             self.with_pass(Class::Control, || {
@@ -19,20 +19,12 @@ impl MediatedDevice {
                     let what = format!("mapping {:#x} bytes at {:#x} over the plug-in's memory", map.length, map.iova);
                     return Err(MediationError::refused(what, Errno::EXIST));
                 }
-                let memory = &self.shared.memory;
-                let known = memory.mappings().contains(&map);
-                if known && self.shared.maps().get(&map.iova) == Some(&map) {
+                if self.shared.maps().get(&map.iova) == Some(&map) {
                     return Ok(());
                 }
-                if !known {
-                    memory.map(map)?;
-                }
-                self.map_device(map).inspect_err(|_| {
-                    if !known {
-                        // It was added above and nobody else knows it.
-                        let _removed = memory.unmap(map.iova, map.length);
-                    }
-                })
+                let memory = &self.shared.memory;
+                memory.join(map)?;
+                self.map_device(map).inspect_err(|_| memory.leave(&map))
             })
         })
     }
@@ -61,10 +53,10 @@ impl MediatedDevice {
                     // After: nothing more is written. Before the map is forgotten: the report needs it.
                     self.sync_map(&map);
                     self.shared.maps().remove(&map.iova);
+                    // The VM's other devices go on using theirs.
+                    self.shared.memory.leave(&map);
                     self.tell(abi::EVENT_DMA_UNMAP, [map.iova, map.length, 0]);
                 }
-                // Another device of the VM may have taken it away already.
-                self.shared.memory.unmap(iova, length)?;
                 Ok(())
             })
         })

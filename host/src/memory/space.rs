@@ -1,7 +1,7 @@
 //! A VM's memory as its devices see it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::drain::Runs;
 use super::{DirtyLog, GuestRam, MemoryError, PAGE_SIZE};
@@ -34,6 +34,8 @@ pub struct AddressSpace {
     log: DirtyLog,
     /// By iova; disjoint.
     maps: RwLock<BTreeMap<u64, IovaMapping>>,
+    /// By iova: how many hold a map besides the first. Taken under the writer side of `maps` only.
+    sharers: Mutex<BTreeMap<u64, u32>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +80,7 @@ impl AddressSpace {
     /// Nothing is mapped and the log is stopped.
     pub fn new(ram: Arc<GuestRam>) -> Arc<Self> {
         let log = DirtyLog::new(ram.pages());
-        Arc::new(Self { ram, log, maps: RwLock::default() })
+        Arc::new(Self { ram, log, maps: RwLock::default(), sharers: Mutex::default() })
     }
 
     pub fn ram(&self) -> &Arc<GuestRam> {
@@ -92,6 +94,39 @@ impl AddressSpace {
     /// Adds a map. Refused: misaligned or empty, beyond the last address, outside RAM, without any access, overlapping a
     /// map (which the error names), one map too many.
     pub fn map(&self, map: IovaMapping) -> Result<(), MemoryError> {
+        self.insert(map, false)
+    }
+
+    /// As [`Self::map`], but an equal map that is there already is held once more: the devices of a VM share its address
+    /// space. Each holder gives it back with [`Self::leave`].
+    pub fn join(&self, map: IovaMapping) -> Result<(), MemoryError> {
+        self.insert(map, true)
+    }
+
+    /// Gives a map back that was joined; it goes when the last holder has given it back. Nothing happens where it has been
+    /// unmapped for all.
+    pub fn leave(&self, map: &IovaMapping) {
+        let mut maps = self.write_maps();
+        if maps.get(&map.iova) != Some(map) {
+            return;
+        }
+        let mut sharers = self.sharers();
+        match sharers.get_mut(&map.iova) {
+            Some(1) => {
+                sharers.remove(&map.iova);
+            }
+            Some(others) => *others -= 1,
+            None => {
+                maps.remove(&map.iova);
+            }
+        }
+    }
+
+    fn sharers(&self) -> MutexGuard<'_, BTreeMap<u64, u32>> {
+        self.sharers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn insert(&self, map: IovaMapping, joins: bool) -> Result<(), MemoryError> {
         let IovaMapping { iova, length, ram_offset, .. } = map;
         if length == 0 || [iova, length, ram_offset].iter().any(|value| !value.is_multiple_of(PAGE_SIZE)) {
             return Err(MemoryError::Misaligned { iova, length, granule: PAGE_SIZE });
@@ -107,6 +142,10 @@ impl AddressSpace {
         if let Some((_, before)) = maps.range(..=last).next_back()
             && before.last() >= iova
         {
+            if joins && *before == map {
+                *self.sharers().entry(iova).or_default() += 1;
+                return Ok(());
+            }
             return Err(MemoryError::Overlap { iova, length, existing: *before });
         }
         if maps.len() >= MAPS_MAX {
@@ -130,6 +169,7 @@ impl AddressSpace {
         }
         for map in &inside {
             maps.remove(&map.iova);
+            self.sharers().remove(&map.iova);
         }
         Ok(inside)
     }
