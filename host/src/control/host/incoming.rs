@@ -136,8 +136,12 @@ impl Host {
                 (Guest::Awaited, None)
             }
         };
+        // The migration has ended when whoever runs the guest knows that it is here; until then it is under way.
+        lock(&self.state).guest = guest;
+        if runs {
+            self.embedder.running();
+        }
         let mut state = lock(&self.state);
-        state.guest = guest;
         state.job = None;
         if let Some(last) = last {
             state.last = Some(last.unwrap_or_else(|failure| {
@@ -147,8 +151,5 @@ impl Host {
         }
         drop(state);
         self.changed.notify_all();
-        if runs {
-            self.embedder.running();
-        }
     }
 }
