@@ -12,6 +12,8 @@ pub enum MemoryError {
     RamSize { size: u64 },
     #[error("making {size} bytes of guest RAM")]
     Ram { size: u64, source: std::io::Error },
+    #[error("writing {length:#x} bytes at RAM offset {ram_offset:#x}")]
+    Write { ram_offset: u64, length: u64, source: std::io::Error },
     #[error("mapping guest RAM")]
     Mapping(#[from] MappingError),
     #[error("{length:#x} bytes at {iova:#x}: addresses and lengths are multiples of {granule:#x} and not empty")]
@@ -54,7 +56,9 @@ impl MemoryError {
             | Self::OutOfRange { .. }
             | Self::Bitmap { .. }
             | Self::NotTracking => Errno::INVAL,
-            Self::Ram { source, .. } => Errno::from_io_error(source).unwrap_or(Errno::NOMEM),
+            Self::Ram { source, .. } | Self::Write { source, .. } => {
+                Errno::from_io_error(source).unwrap_or(Errno::NOMEM)
+            }
             Self::Mapping(MappingError::Map { source, .. }) => Errno::from_io_error(source).unwrap_or(Errno::NOMEM),
             Self::Mapping(_) | Self::Unmapped { .. } => Errno::FAULT,
             Self::Overflow { .. } => Errno::OVERFLOW,

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use super::{MemoryError, PAGE_SIZE};
-use crate::sys::{Mapping, Seal, memfd};
+use crate::sys::{Mapping, Seal, memfd, write_at};
 
 /// Largest RAM of one VM: 16 TiB.
 pub const RAM_SIZE_MAX: u64 = 1 << 44;
@@ -53,7 +53,59 @@ impl GuestRam {
         &self.dma
     }
 
+    /// Writes through the file, not through a mapping: for memory that has none yet. A store into a page that does not
+    /// exist costs a fault and a page of zeroes before the first byte; the file takes whole pages without either, and a
+    /// machine that is out of memory is an error instead of a signal. Neither mapping's dirt source sees it. The page
+    /// tables stay empty: the first access to each page through a mapping then costs a minor fault.
+    pub fn write_fresh(&self, ram_offset: u64, data: &[u8]) -> Result<(), MemoryError> {
+        let length = data.len() as u64;
+        if ram_offset.checked_add(length).is_none_or(|end| end > self.size) {
+            return Err(MemoryError::OutsideRam { ram_offset, length, size: self.size });
+        }
+        write_at(&self.fd, ram_offset, data).map_err(|source| MemoryError::Write { ram_offset, length, source })
+    }
+
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// spec: MEM-36
+    #[test]
+    fn fresh_writes_are_seen_by_both_mappings_and_never_pass_the_end() {
+        let size = 4 * PAGE_SIZE;
+        let ram = GuestRam::new(size).unwrap();
+        let page: Vec<u8> = (0..PAGE_SIZE).map(|at| (at % 251) as u8 + 1).collect();
+        ram.write_fresh(3 * PAGE_SIZE, &page).unwrap();
+        for mapping in [ram.mapping(), ram.dma_mapping()] {
+            let mut all = vec![0xff; size as usize];
+            mapping.read(0, &mut all).unwrap();
+            assert!(all[..3 * PAGE_SIZE as usize].iter().all(|byte| *byte == 0));
+            assert_eq!(all[3 * PAGE_SIZE as usize..], page);
+        }
+        let at = size - PAGE_SIZE;
+        for (offset, fits) in [(at - 1, true), (at, true), (at + 1, false), (size, false), (u64::MAX, false)] {
+            let before = rustix::fs::fstat(ram.fd()).unwrap().st_size;
+            match ram.write_fresh(offset, &page) {
+                Ok(()) => assert!(fits, "{offset:#x}"),
+                Err(MemoryError::OutsideRam { ram_offset, length, .. }) => {
+                    assert_eq!((fits, ram_offset, length), (false, offset, PAGE_SIZE));
+                }
+                Err(error) => panic!("{error}"),
+            }
+            assert_eq!(rustix::fs::fstat(ram.fd()).unwrap().st_size, before);
+        }
+        ram.write_fresh(size, &[]).unwrap();
+    }
+
+    #[test]
+    fn a_fresh_write_uses_up_its_own_pages_only() {
+        let ram = GuestRam::new(64 * PAGE_SIZE).unwrap();
+        ram.write_fresh(7 * PAGE_SIZE, &vec![1; 2 * PAGE_SIZE as usize]).unwrap();
+        assert_eq!(rustix::fs::fstat(ram.fd()).unwrap().st_blocks * 512, 2 * PAGE_SIZE as i64);
     }
 }

@@ -35,6 +35,23 @@ pub fn seal(fd: impl AsFd, seals: Seal) -> io::Result<()> {
     }
 }
 
+/// Writes all of `data` at `offset`. Pages that the file has no memory for yet are allocated without being zeroed first,
+/// without a page fault, and with an error where a store through a mapping would end in SIGBUS.
+pub fn write_at(fd: impl AsFd, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
+    while !data.is_empty() {
+        match rustix::io::pwrite(&fd, data, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => {
+                data = data.get(count..).unwrap_or(&[]);
+                offset += count as u64;
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

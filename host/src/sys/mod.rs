@@ -20,7 +20,7 @@ pub use eventfd::EventFd;
 pub use iospace::{IoMap, IoSpace};
 pub use mapping::{Mapping, MappingError};
 pub use membarrier::AsymmetricFence;
-pub use memfd::{Seal, memfd, seal};
+pub use memfd::{Seal, memfd, seal, write_at};
 pub use pagemap::Pagemap;
 #[cfg(all(test, not(loom)))]
 pub(crate) use pagemap::read_into;

@@ -25,6 +25,8 @@ pub struct MediatedHost {
     vmm: Arc<dyn VmmPort>,
     /// Guest memory has never been written
     fresh: AtomicBool,
+    /// ... nor had it been when this was made: its page tables are empty, and pages go in through the file
+    sparse: bool,
 }
 
 impl std::fmt::Debug for MediatedHost {
@@ -41,7 +43,7 @@ impl MediatedHost {
         vmm: Arc<dyn VmmPort>,
         fresh: bool,
     ) -> Self {
-        Self { devices, memory, vmm, fresh: AtomicBool::new(fresh) }
+        Self { devices, memory, vmm, fresh: AtomicBool::new(fresh), sparse: fresh }
     }
 
     fn device(&self, index: usize) -> Result<&MediatedDevice> {
@@ -258,7 +260,8 @@ impl DestinationHost for MediatedHost {
     fn write_pages(&self, first: u64, data: &[u8]) -> Result<()> {
         let offset = self.span(first, data.len() as u64)?;
         self.fresh.store(false, Ordering::Release);
-        Ok(self.memory.ram().mapping().write(offset, data)?)
+        let ram = self.memory.ram();
+        if self.sparse { Ok(ram.write_fresh(offset, data)?) } else { Ok(ram.mapping().write(offset, data)?) }
     }
 
     fn zero_pages(&self, first: u64, count: u64) -> Result<()> {
