@@ -61,14 +61,18 @@ fn open(roster: &Arc<Fakes>, limit: u32) -> Option<Hold<u32, Fake>> {
         if entry.standing != Standing::Published {
             continue;
         }
-        let Some(hold) = roster.hold(entry.id, "device") else { continue };
-        hold.member().call();
-        if hold.seat(limit).is_ok() {
-            hold.member().0.open.fetch_add(1, Ordering::Relaxed);
+        if let Some(hold) = roster.hold(entry.id, "device").and_then(|hold| taken(hold, limit)) {
             return Some(hold);
         }
     }
     None
+}
+
+fn taken(hold: Hold<u32, Fake>, limit: u32) -> Option<Hold<u32, Fake>> {
+    hold.member().call();
+    hold.seat(limit).ok()?;
+    hold.member().0.open.fetch_add(1, Ordering::Relaxed);
+    Some(hold)
 }
 
 fn close(hold: Hold<u32, Fake>) {
@@ -86,8 +90,11 @@ fn loom_an_open_during_registration_sees_all_or_nothing() {
             let id = registering.reserve(Arc::new(1), u32::eq).unwrap();
             registering.publish(id, Fake::init()).unwrap();
         });
-        if let Some(hold) = open(&roster, 1) {
-            close(hold);
+        for entry in roster.survey().unwrap() {
+            if entry.standing == Standing::Published {
+                // Nobody withdraws it here: who sees it can have it, and what its init did.
+                close(taken(roster.hold(entry.id, "device").expect("visible and not there"), 1).unwrap());
+            }
         }
         thread.join().unwrap();
         close(open(&roster, 1).expect("it is registered by now"));
