@@ -50,6 +50,9 @@ fn copy(workspace: &Path, name: &Path, folder: &Path, kept: &mut Vec<PathBuf>) -
         return Ok(());
     }
     let mut bytes = std::fs::read(&from).with_context(|| format!("{}", from.display()))?;
+    if name == Path::new("Cargo.toml") {
+        bytes = renamed(&String::from_utf8(bytes).context("the workspace's manifest")?)?.into_bytes();
+    }
     let here: Vec<&Mutation> = MUTATIONS.iter().filter(|mutation| Path::new(mutation.file) == name).collect();
     if !here.is_empty() || name == Path::new(LIBRARY) {
         let source = String::from_utf8(bytes).with_context(|| format!("{}", from.display()))?;
@@ -68,6 +71,15 @@ fn copy(workspace: &Path, name: &Path, folder: &Path, kept: &mut Vec<PathBuf>) -
     std::fs::write(&to, bytes).with_context(|| format!("{}", to.display()))?;
     kept.push(to);
     Ok(())
+}
+
+/// The manifest with another version in it: cargo tells packages apart by name and version, wherever they lie, and would
+/// take what it built of the one tree for the other's.
+fn renamed(manifest: &str) -> anyhow::Result<String> {
+    let (before, after) =
+        manifest.split_once("[workspace.package]\nversion = \"").context("the workspace's version")?;
+    let (version, rest) = after.split_once('"').context("the workspace's version")?;
+    Ok(format!("{before}[workspace.package]\nversion = \"{version}+mutated\"{rest}"))
 }
 
 /// What the workspace no longer has.
