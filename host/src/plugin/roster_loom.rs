@@ -111,9 +111,9 @@ fn loom_an_open_during_registration_sees_all_or_nothing() {
 /// spec: REG-8 REG-9
 #[test]
 fn loom_the_last_of_closers_and_unregistration_retires_once_and_nothing_runs_afterwards() {
-    // All interleavings take minutes; those of four preemptions take seconds.
+    // All interleavings take minutes; those of five preemptions take seconds.
     let mut bounded = loom::model::Builder::new();
-    bounded.preemption_bound = Some(4);
+    bounded.preemption_bound = Some(5);
     bounded.check(|| {
         let (roster, id, fake) = registered();
         let threads: Vec<_> = (0..2)
