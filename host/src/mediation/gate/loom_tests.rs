@@ -37,6 +37,7 @@ fn touch(model: &Modelled) {
 }
 
 fn touch_alone(model: &Modelled) {
+    assert_eq!(model.alone.load(Ordering::Relaxed), 0, "two exclusive turns at once");
     model.alone.store(1, Ordering::Relaxed);
     assert_eq!(model.inside.load(Ordering::Relaxed), 0, "an exclusive turn met an access");
     model.alone.store(0, Ordering::Relaxed);
@@ -70,6 +71,27 @@ fn loom_gate_no_access_meets_an_exclusive_turn() {
         change(&model, Standing::OPEN);
         reader.join().unwrap();
         assert!(access(&model, 1));
+    });
+}
+
+/// An access that takes the quick way, and goes the other way where that does not let it in: as the dispatcher does.
+/// spec: GATE-1 GATE-2
+#[test]
+fn loom_gate_the_quick_way_in_meets_no_exclusive_turn() {
+    loom::model(|| {
+        let model = open();
+        let other = model.clone();
+        let reader = thread::spawn(move || match other.gate.enter_quickly_at(0, Class::Memory) {
+            Some(pass) => {
+                touch(&other);
+                pass.leave();
+            }
+            None => _ = access(&other, 0),
+        });
+        change(&model, Standing::OPEN);
+        reader.join().unwrap();
+        assert!(model.gate.enter_quickly_at(OVERFLOW, Class::Memory).is_none(), "only slots of one's own are quick");
+        assert!(model.gate.enter_quickly_at(1, Class::Memory).is_some());
     });
 }
 

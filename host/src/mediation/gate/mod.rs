@@ -250,7 +250,11 @@ impl Gate {
     /// why not.
     #[inline(always)]
     pub fn enter_quickly(&self, class: Class) -> Option<Pass<'_>> {
-        let index = thread_index::assigned();
+        self.enter_quickly_at(thread_index::assigned(), class)
+    }
+
+    #[inline(always)]
+    fn enter_quickly_at(&self, index: usize, class: Class) -> Option<Pass<'_>> {
         if index >= self.quick {
             return None;
         }
