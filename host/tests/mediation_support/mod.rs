@@ -347,6 +347,8 @@ pub struct FakeLogging {
     pub dirty: Mutex<Vec<u64>>,
     pub fail_start: AtomicBool,
     pub fail_report: AtomicBool,
+    /// The page size granted; 0: as asked for
+    pub granted: AtomicU64,
 }
 
 impl NativeDmaLogging for FakeLogging {
@@ -355,7 +357,10 @@ impl NativeDmaLogging for FakeLogging {
             return Err(DeviceError::refused("fake", "logging", Errno::TOOBIG));
         }
         *self.started.lock().unwrap() = Some(ranges.to_vec());
-        Ok(page_size)
+        match self.granted.load(Ordering::SeqCst) {
+            0 => Ok(page_size),
+            granted => Ok(granted),
+        }
     }
 
     fn report(&self, range: IovaRange, page_size: u64, bitmap: &mut [u64]) -> Result<()> {
