@@ -264,6 +264,7 @@ impl Drop for MediatedDevice {
             if let Err(error) = self.settle(Asleep::Resume) {
                 tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
             }
+            self.leave_nothing_started();
             turn.release(Standing { everything: Some(Reason::Closed), memory: None });
         }
         shared.cancel.store(false, Ordering::Release);
