@@ -83,7 +83,7 @@ impl MediatedDevice {
 
     fn arm_again(&self) -> Result<()> {
         for Armed { index, start, fds } in self.shared.irqs.armed() {
-            if index < self.own_irqs() {
+            if index < self.own_irqs() && !self.shared.watch.covers(index) {
                 let fds = borrowed(&fds);
                 let (action, data) = (IrqAction::Trigger, IrqData::EventFd(&fds));
                 let count = fds.len() as u32;

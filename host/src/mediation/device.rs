@@ -257,12 +257,16 @@ impl Drop for MediatedDevice {
         shared.cancel.store(true, Ordering::Release);
         shared.timers.stop();
         shared.irqs.stop();
+        shared.watch.stop();
         // Nothing is in flight: every call borrows the device, and both threads are gone or are this one. A forgotten
         // pass would fail the gate, which refuses everything too.
         if let Ok(turn) = shared.gate.close(Reason::Closed, self.drain_deadline()) {
             // The plug-in's last call still reaches the device.
-            if let Err(error) = self.settle(Asleep::Resume) {
-                tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
+            match self.settle(Asleep::Resume) {
+                Ok(()) => shared.watch.disarm(self.device()),
+                Err(error) => {
+                    tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
+                }
             }
             turn.release(Standing { everything: Some(Reason::Closed), memory: None });
         }

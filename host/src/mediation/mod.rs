@@ -44,6 +44,7 @@ mod tables;
 mod timers;
 mod tracking;
 mod vmm;
+mod watch;
 
 pub use device::{Limits, MediatedDevice};
 pub use error::{MediationError, Refusal, Remedy, Result, StateError};
@@ -51,6 +52,7 @@ pub use low_power::Entered;
 pub use mediator::{Exactness, PluginSummary, Remaining, Saved};
 pub use tracking::Tracking;
 pub use vmm::{VmmError, VmmPort};
+pub use watch::{Notice, Observer};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
