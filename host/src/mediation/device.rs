@@ -242,6 +242,27 @@ impl MediatedDevice {
         }
     }
 
+    /// Lets go of the device as far as those can who do not hold it alone: it is resumed, and from here on refuses everything
+    /// (ENODEV) for good. It is closed when the last reference goes.
+    pub fn release(&self) {
+        self.shared.cancel.store(true, Ordering::Release);
+        self.shut();
+        self.shared.cancel.store(false, Ordering::Release);
+    }
+
+    /// For good. The second time nothing is left to do.
+    fn shut(&self) {
+        let Ok(turn) = self.shared.gate.close(Reason::Closed, self.drain_deadline()) else { return };
+        // The plug-in's last call still reaches the device.
+        match self.settle(Asleep::Resume) {
+            Ok(()) => self.shared.watch.disarm(self.device()),
+            Err(error) => {
+                tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
+            }
+        }
+        turn.release(Standing { everything: Some(Reason::Closed), memory: None });
+    }
+
     pub(super) fn mappable(&self, region: u32) -> &[Area] {
         self.mappable.get(region as usize).map_or(&[], |areas| areas)
     }
@@ -258,18 +279,9 @@ impl Drop for MediatedDevice {
         shared.timers.stop();
         shared.irqs.stop();
         shared.watch.stop();
-        // Nothing is in flight: every call borrows the device, and both threads are gone or are this one. A forgotten
-        // pass would fail the gate, which refuses everything too.
-        if let Ok(turn) = shared.gate.close(Reason::Closed, self.drain_deadline()) {
-            // The plug-in's last call still reaches the device.
-            match self.settle(Asleep::Resume) {
-                Ok(()) => shared.watch.disarm(self.device()),
-                Err(error) => {
-                    tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
-                }
-            }
-            turn.release(Standing { everything: Some(Reason::Closed), memory: None });
-        }
+        // Nothing is in flight: every call borrows the device, and its threads are gone or are this one. A forgotten pass
+        // would fail the gate, which refuses everything too.
+        self.shut();
         shared.cancel.store(false, Ordering::Release);
         // Before the services go, which take the device's maps away.
         self.plugin = None;

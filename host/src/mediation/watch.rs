@@ -206,6 +206,15 @@ impl MediatedDevice {
         lock(&self.shared.watch.news).heard.clone()
     }
 
+    /// As if the kernel had said it; for an embedder that learns of it in another way.
+    pub fn announce(&self, notice: Notice) {
+        let index = match notice {
+            Notice::DeviceError => VFIO_PCI_ERR_IRQ_INDEX,
+            Notice::ReleaseRequested => VFIO_PCI_REQ_IRQ_INDEX,
+        };
+        self.line_fired(index);
+    }
+
     pub(super) fn line_fired(&self, index: u32) {
         let notice = if index == VFIO_PCI_ERR_IRQ_INDEX {
             // First: whoever hears of it finds the device failed.
