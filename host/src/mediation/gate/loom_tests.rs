@@ -53,7 +53,7 @@ fn access(model: &Modelled, index: usize) -> bool {
 }
 
 fn change(model: &Modelled, standing: Standing) {
-    let turn = model.gate.close_as(Reason::Resetting, some_day()).expect("a turn");
+    let turn = model.gate.close_as(Reason::Resetting, some_day(), Late::Fail).expect("a turn");
     touch_alone(model);
     turn.release(standing);
 }
@@ -125,7 +125,7 @@ fn loom_gate_two_closers_take_turns() {
 fn loom_gate_a_waiting_access_gets_in_when_the_turn_ends() {
     loom::model(|| {
         let model = open();
-        let turn = model.gate.close_as(Reason::TableSwap, some_day()).unwrap();
+        let turn = model.gate.close_as(Reason::TableSwap, some_day(), Late::Fail).unwrap();
         let other = model.clone();
         let waiter = thread::spawn(move || {
             let pass = other.gate.enter_slow(0, Class::Memory, some_day());
