@@ -87,9 +87,8 @@ impl Blocker {
         let size = range.size();
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: fresh memory at an address of the kernel's choice.
-        let stand_in = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), size, protection, MapFlags::PRIVATE | MapFlags::NORESERVE)
-        }?;
+        let stand_in =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), size, protection, MapFlags::PRIVATE | MapFlags::NORESERVE) }?;
         let stand_in = NonNull::new(stand_in.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         let unwound = |error: rustix::io::Errno| {
             // SAFETY: made above, and known to nobody.

@@ -17,7 +17,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, madvise, mmap, mprotect, mremap, mremap_fixed, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, madvise, mmap, mprotect, mremap, mremap_fixed, munmap,
+};
 
 use super::blocking::Blocker;
 use super::{Mapping, Seal, memfd};
@@ -325,9 +327,8 @@ impl Range {
     pub(super) fn move_here(&self, from: NonNull<u8>, state: &mut State) -> io::Result<()> {
         let start = self.start.as_ptr();
         // SAFETY: `from` is a mapping of this size that the caller owns and gives away; the range is ours.
-        let moved = unsafe {
-            mremap_fixed(from.as_ptr().cast(), self.size, self.size, MremapFlags::MAYMOVE, start.cast())
-        };
+        let moved =
+            unsafe { mremap_fixed(from.as_ptr().cast(), self.size, self.size, MremapFlags::MAYMOVE, start.cast()) };
         let Err(error) = moved else { return Ok(()) };
         unmap(from, self.size);
         // What was here may be gone, and the range free for anybody.

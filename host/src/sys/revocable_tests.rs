@@ -69,7 +69,9 @@ fn what_is_written_arrives_and_revoked_it_is_an_error_until_it_is_back() {
 fn bounds_are_those_of_what_was_asked_for() {
     let (_fd, mapping) = device(PAGE);
     let map = Revocable::new(mapping, Faults::Raise).unwrap();
-    for (offset, length, inside) in [(0, 4096, true), (1, 4096, false), (4095, 1, true), (4096, 0, true), (4096, 1, false)] {
+    for (offset, length, inside) in
+        [(0, 4096, true), (1, 4096, false), (4095, 1, true), (4096, 0, true), (4096, 1, false)]
+    {
         assert_eq!(map.read(offset, &mut vec![0; length]).is_ok(), inside, "{offset} {length}");
         assert_eq!(map.write(offset, &vec![0; length]).is_ok(), inside, "{offset} {length}");
     }
