@@ -87,7 +87,7 @@ impl Host {
     fn release(&self, device: Arc<MediatedDevice>) {
         let name = device.identity().name.clone();
         self.await_no_migration(Instant::now() + RELEASE_PATIENCE);
-        device.release();
+        device.let_go();
         if let Some(machine) = &mut *lock(&self.machine) {
             machine.devices.retain(|other| !Arc::ptr_eq(other, &device));
         }
