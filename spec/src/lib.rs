@@ -2,3 +2,4 @@
 
 pub mod device_suite;
 pub mod lab;
+pub mod prove;

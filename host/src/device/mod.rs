@@ -13,9 +13,11 @@ pub use error::{DeviceError, ErrorKind};
 pub use types::*;
 
 use std::fmt::Debug;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use vfio_mediate_sdk::state::{DeviceState, MigrationFlags};
 
 pub type Result<T> = std::result::Result<T, DeviceError>;
@@ -66,6 +68,25 @@ pub trait Device: Send + Sync + Debug {
 
     /// The device's own DMA logging, if it has one.
     fn dma_logging(&self) -> Option<&dyn NativeDmaLogging>;
+
+    /// As `VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY`, with an eventfd as `.._ENTRY_WITH_WAKEUP`: allows the device to be suspended
+    /// until [`Self::low_power_exit`]. It may be suspended at once, later or never. The eventfd is signalled once, when a device
+    /// that had been suspended is resumed, by whomever, and that ends low power. The device keeps its own duplicate.
+    ///
+    /// Refused: EINVAL when it was entered already, EBUSY for a PF with VFs enabled, ENOTTY without the feature.
+    fn low_power_entry(&self, _wakeup: Option<BorrowedFd<'_>>) -> Result<()> {
+        Err(DeviceError::refused(&self.identity().name, "low power", Errno::NOTTY))
+    }
+
+    /// As `VFIO_DEVICE_FEATURE_LOW_POWER_EXIT`: when it returns the device is resumed. Succeeds without a low power to leave.
+    fn low_power_exit(&self) -> Result<()> {
+        Err(DeviceError::refused(&self.identity().name, "low power", Errno::NOTTY))
+    }
+
+    /// Where its power is. Asks nothing of the device itself, and never resumes it. ENOTTY (Refused) where nobody knows.
+    fn power(&self) -> Result<Power> {
+        Err(DeviceError::refused(&self.identity().name, "its power state", Errno::NOTTY))
+    }
 
     /// Time as this device sees it: real, or the model's.
     fn clock(&self) -> &dyn Clock;

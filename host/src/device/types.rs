@@ -159,6 +159,41 @@ pub enum FeatureAccess {
     Set,
 }
 
+/// The power state of a PCI function, as the kernel (or the model) knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PowerState {
+    D0,
+    D1,
+    D2,
+    /// The function's power management holds it; it answers configuration space only
+    D3Hot,
+    /// Without power
+    D3Cold,
+    /// The kernel does not say
+    Unknown,
+}
+
+impl std::fmt::Display for PowerState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::D0 => "D0",
+            Self::D1 => "D1",
+            Self::D2 => "D2",
+            Self::D3Hot => "D3hot",
+            Self::D3Cold => "D3cold",
+            Self::Unknown => "unknown",
+        })
+    }
+}
+
+/// Where a device's power is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Power {
+    pub state: PowerState,
+    /// Suspended by runtime power management. A function without a power capability is suspended in D0.
+    pub suspended: bool,
+}
+
 /// `struct vfio_precopy_info`, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PrecopyInfo {

@@ -9,6 +9,7 @@ use super::config::Permission;
 use super::device::MediatedDevice;
 use super::error::{Access, MediationError, Result, boxed, unboxed};
 use super::gate::{Class, Reason};
+use super::low_power::Asleep;
 use super::mediator::{HostCalls, Mediator, Origin, Verdict};
 use super::tables::{Region, first_piece};
 use crate::device::CONFIG_REGION;
@@ -251,7 +252,7 @@ impl MediatedDevice {
         // Refuses at once, for the gate's own reason, what nobody may do now.
         drop(self.enter(Class::Control)?);
         let deadline = Instant::now() + self.limits.access_wait.max(self.limits.drain);
-        let done = self.alone(Reason::Reconfiguring, deadline, || {
+        let done = self.alone_if(Asleep::AsAccess, Reason::Reconfiguring, deadline, || {
             let written = self.config_write_in(offset, data);
             self.look_at_command().and(written)
         });

@@ -22,7 +22,7 @@ use crate::device::{CONFIG_REGION, ErrorKind, IrqAction, IrqData, IrqSet};
 const ROUNDS_MAX: usize = 16;
 
 impl MediatedDevice {
-    /// Resets the function. Open save and load streams end, tracking takes everything as dirty from here on. While an arc
+    /// Resets the function, and ends low power. Open save and load streams end, tracking takes everything as dirty from here on. While an arc
     /// of the state machine is under way the reset is put off until it has ended, and this returns at once.
     pub fn reset(&self) -> Result<()> {
         if self.walking.load(Ordering::Acquire) {
@@ -30,7 +30,10 @@ impl MediatedDevice {
             let full = |errno| MediationError::refused("one more request", errno);
             return self.shared.queue(Task::Asked(Request::Reset)).map_err(full);
         }
-        drop(self.enter(Class::Control)?);
+        // Refuses at once, for the gate's own reason, what nobody may do now. A device that sleeps is resumed for it.
+        if self.entered().is_none() {
+            drop(self.enter(Class::Control)?);
+        }
         let token = self.lane.enter(self.drain_deadline())?;
         let done = self.reset_in(&token);
         drop(token);
@@ -174,7 +177,7 @@ impl MediatedDevice {
     }
 
     pub(super) fn timer_fired(&self, cookie: u64) -> Delivery {
-        let fired = self.with_pass(Class::Control, || {
+        let fired = self.with_own_pass(Class::Control, || {
             self.tell(abi::EVENT_TIMER, [cookie, 0, 0]);
             Ok(())
         });
@@ -188,6 +191,8 @@ impl MediatedDevice {
     /// A front-end's client came or went.
     pub fn client(&self, attached: bool) -> Result<()> {
         let kind = if attached { abi::EVENT_CLIENT_ATTACH } else { abi::EVENT_CLIENT_DETACH };
+        // Whoever entered low power is gone, or was another.
+        self.awaken()?;
         self.with_pass(Class::Control, || {
             self.tell(kind, [0; 3]);
             Ok(())

@@ -11,6 +11,7 @@ use super::error::Result;
 use super::gate::{Class, CloseError, Exclusive, GateClosed, Pass, Reason, Standing};
 use super::lane::Lane;
 use super::layout;
+use super::low_power::{Asleep, Entered};
 use super::mediator::{CallFrame, Event, Mediator, Origin, PluginSummary, TrapMap};
 use super::state::Streams;
 use super::tables::Tables;
@@ -42,6 +43,8 @@ pub(super) struct Condition {
     pub(super) command: u16,
     /// The function is not in D0
     pub(super) low_power: bool,
+    /// The device may be suspended: nothing reaches it
+    pub(super) entered: Option<Entered>,
     /// COMMAND's memory bit has been seen set: a function that cannot set it (a VF on the bus) is never gated by it
     pub(super) has_memory_enable: bool,
 }
@@ -54,7 +57,7 @@ impl Condition {
             (true, true) => Some(Reason::MemoryDisabled),
             (true, false) => None,
         };
-        Standing { everything: None, memory }
+        Standing { everything: self.entered.map(|_| Reason::Suspended), memory }
     }
 }
 
@@ -158,7 +161,17 @@ impl MediatedDevice {
     /// Under a pass; afterwards what hooks asked for is done.
     #[inline]
     pub(super) fn with_pass<T>(&self, class: Class, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let pass = self.enter(class)?;
+        self.under(self.enter(class)?, work)
+    }
+
+    /// As [`Self::with_pass`], of the host's own accord: no reason to wake a device that sleeps.
+    pub(super) fn with_own_pass<T>(&self, class: Class, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let pass = self.shared.gate.enter_until(class, || Instant::now() + self.limits.access_wait)?;
+        self.under(pass, work)
+    }
+
+    #[inline]
+    fn under<T>(&self, pass: Pass<'_>, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let done = work();
         if pass.leave() {
             self.attend();
@@ -166,32 +179,43 @@ impl MediatedDevice {
         done
     }
 
+    /// A client's pass: it wakes the device, where that sleeps with a wake-up.
     #[inline]
-    pub(super) fn enter(&self, class: Class) -> std::result::Result<Pass<'_>, GateClosed> {
-        self.shared.gate.enter_until(class, || Instant::now() + self.limits.access_wait)
+    pub(super) fn enter(&self, class: Class) -> Result<Pass<'_>> {
+        match self.shared.gate.enter_until(class, || Instant::now() + self.limits.access_wait) {
+            Ok(pass) => Ok(pass),
+            Err(GateClosed { reason: Reason::Suspended }) => self.enter_suspended(class),
+            Err(closed) => Err(closed.into()),
+        }
     }
 
-    /// Alone; the gate's standing afterwards follows from the condition that `work` leaves.
-    pub(super) fn alone<T>(
+    /// Alone, and awake; the gate's standing afterwards follows from the condition that `work` leaves.
+    pub(super) fn alone<T>(&self, reason: Reason, deadline: Instant, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.alone_if(Asleep::Resume, reason, deadline, work)
+    }
+
+    /// As [`Self::alone`]; `asleep` says what of a device that sleeps.
+    pub(super) fn alone_if<T>(
         &self,
+        asleep: Asleep,
         reason: Reason,
         deadline: Instant,
         work: impl FnOnce() -> Result<T>,
-    ) -> std::result::Result<T, MediationError> {
+    ) -> Result<T> {
         let turn: Exclusive<'_> = self.shared.gate.close(reason, deadline).inspect_err(|error| {
             if *error == CloseError::DrainTimeout {
                 self.shared.cancel.store(true, Ordering::Release);
             }
         })?;
-        let done = work();
+        let done = self.settle(asleep).and_then(|()| work());
         turn.release(lock(&self.condition).standing());
         done
     }
 
-    /// One state, dirty or DMA operation at a time; afterwards what hooks asked for meanwhile is done.
+    /// One state, dirty or DMA operation at a time, with the device awake; afterwards what hooks asked for meanwhile is done.
     pub(super) fn in_lane<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let token = self.lane.enter(self.drain_deadline())?;
-        let done = work();
+        let done = self.awaken().and_then(|()| work());
         drop(token);
         if self.shared.gate.wants_attention() {
             self.attend();
@@ -236,6 +260,10 @@ impl Drop for MediatedDevice {
         // Nothing is in flight: every call borrows the device, and both threads are gone or are this one. A forgotten
         // pass would fail the gate, which refuses everything too.
         if let Ok(turn) = shared.gate.close(Reason::Closed, self.drain_deadline()) {
+            // The plug-in's last call still reaches the device.
+            if let Err(error) = self.settle(Asleep::Resume) {
+                tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
+            }
             turn.release(Standing { everything: Some(Reason::Closed), memory: None });
         }
         shared.cancel.store(false, Ordering::Release);

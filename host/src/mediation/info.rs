@@ -152,7 +152,7 @@ impl MediatedDevice {
 
     /// An interposed vector fired: the plug-in sees it first, and it reaches the client unless the plug-in took it.
     pub(super) fn irq_fired(&self, vector: (u32, u32)) {
-        let verdict = self.with_pass(Class::Control, || {
+        let verdict = self.with_own_pass(Class::Control, || {
             let Some(plugin) = &self.plugin else { return Ok(Verdict::Forward) };
             let covers = |claim: &&super::mediator::IrqClaim| {
                 claim.has_fired && claim.index == vector.0 && vector.1.wrapping_sub(claim.start) < claim.count

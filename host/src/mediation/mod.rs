@@ -34,6 +34,7 @@ mod irqs;
 mod lane;
 mod layout;
 mod loaded;
+mod low_power;
 pub mod mediator;
 mod open;
 mod scratch;
@@ -46,6 +47,7 @@ mod vmm;
 
 pub use device::{Limits, MediatedDevice};
 pub use error::{MediationError, Refusal, Remedy, Result, StateError};
+pub use low_power::Entered;
 pub use mediator::{Exactness, PluginSummary, Remaining, Saved};
 pub use tracking::Tracking;
 pub use vmm::{VmmError, VmmPort};

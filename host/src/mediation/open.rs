@@ -67,6 +67,7 @@ impl MediatedDevice {
                 state: DeviceState::Running,
                 command: 0,
                 low_power: false,
+                entered: None,
                 has_memory_enable: false,
             }),
             streams: Mutex::default(),

@@ -258,6 +258,7 @@ impl MediatedDevice {
         }
         let busy = |error: MediationError| Refusal { reason: error.to_string(), errno: error.errno() };
         let _token = self.lane.enter(self.drain_deadline()).map_err(|error| busy(error.into()))?;
+        self.awaken().map_err(busy)?;
         let mut answer = Ok(());
         let asked = self.with_pass(Class::Control, || {
             answer = plugin.check_match(self.frame(Origin::Migration), plugins);

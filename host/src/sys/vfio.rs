@@ -186,6 +186,25 @@ pub fn feature_probe(device: BorrowedFd<'_>, number: u32, flags: u32) -> io::Res
     unsafe { feature(device, number | flags | VFIO_DEVICE_FEATURE_PROBE, ()) }
 }
 
+/// Allows the device to be suspended; with an eventfd, until the first resume, which signals it. The kernel takes its own
+/// reference to the eventfd.
+pub fn low_power_entry(device: BorrowedFd<'_>, wakeup: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let Some(wakeup) = wakeup else {
+        // SAFETY: the feature has no data.
+        return unsafe { feature(device, VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, ()) };
+    };
+    let data = vfio_device_low_power_entry_with_wakeup { wakeup_eventfd: wakeup.as_raw_fd(), reserved: 0 };
+    // SAFETY: the feature's own structure.
+    unsafe { feature(device, VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, data) }
+        .map(drop)
+}
+
+/// Resumes the device, and keeps it so.
+pub fn low_power_exit(device: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the feature has no data.
+    unsafe { feature(device, VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LOW_POWER_EXIT, ()) }
+}
+
 /// `VFIO_MIGRATION_*` bits.
 pub fn migration_flags(device: BorrowedFd<'_>) -> io::Result<u64> {
     let data = vfio_device_feature_migration::default();

@@ -173,6 +173,7 @@ impl Host {
             vmm.resume().map_err(|error| StartError::Embedder(error.to_string()))?;
             host.embedder.running();
         } else {
+            host.spawn("guest RAM", Self::populate).map_err(StartError::Thread)?;
             host.spawn("migrations in", Self::await_guests).map_err(StartError::Thread)?;
         }
         Ok(host)

@@ -1,5 +1,6 @@
 //! What every model shares: who it is, whether it still lives, and its side of the PCI bus.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,7 +12,8 @@ use vfio_bindings::bindings::vfio::{
 use super::config::{COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_MEMORY, Ids, PciConfig, SIZE};
 use super::dma::{DmaFault, DmaFaultKind, DmaSpace, Transfer};
 use super::irq::Irqs;
-use super::{Fault, FaultPlan, Time};
+use super::power::{PowerModel, Resumed, Touch, Watch};
+use super::{Fault, FaultPlan, Sleep, Time};
 use crate::device::{Backend, CONFIG_REGION, DeviceError, Identity, IrqSet, RegionInfo, Result};
 
 pub(super) const READ_WRITE: u32 = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
@@ -23,6 +25,8 @@ pub(super) struct Function {
     pub(super) time: Time,
     faults: Arc<FaultPlan>,
     lost: AtomicBool,
+    /// Accesses, and those that a suspended device got
+    pub(super) watch: Watch,
 }
 
 impl Function {
@@ -38,7 +42,7 @@ impl Function {
             revision: ids.revision,
             config: config.bytes().to_vec(),
         };
-        Self { identity, time, faults, lost: AtomicBool::new(false) }
+        Self { identity, time, faults, lost: AtomicBool::new(false), watch: Watch::default() }
     }
 
     /// Asks the plan before an operation. Not to be called with the device's lock held: a delay waits here.
@@ -58,6 +62,13 @@ impl Function {
             }
             Some(Fault::Lose) | None => Ok(()),
         }
+    }
+
+    /// As [`Self::step`], for an operation that needs the device itself: it is in flight until the answer is dropped. EIO
+    /// while the device is suspended; nobody should have asked.
+    pub(super) fn access(&self, what: &'static str) -> Result<Touch<'_>> {
+        self.step(what)?;
+        self.watch.begin().ok_or_else(|| self.failed(format!("{what} of a suspended device"), Errno::IO))
     }
 
     pub(super) fn is_lost(&self) -> bool {
@@ -87,11 +98,46 @@ pub(super) struct Bus {
     pub(super) config: PciConfig,
     pub(super) irqs: Irqs,
     pub(super) dma: DmaSpace,
+    pub(super) power: PowerModel,
 }
 
 impl Bus {
-    pub(super) fn new(config: PciConfig, msi_vectors: u32) -> Self {
-        Self { config, irqs: Irqs::new(msi_vectors), dma: DmaSpace::default() }
+    pub(super) fn new(config: PciConfig, irqs: Irqs, sleep: Sleep) -> Self {
+        Self { config, irqs, dma: DmaSpace::default(), power: PowerModel::new(sleep) }
+    }
+
+    /// INTx is masked for the time, if it was not: a suspended function cannot take its pin back.
+    pub(super) fn low_power_entry(
+        &mut self,
+        watch: &Watch,
+        wakeup: Option<BorrowedFd<'_>>,
+    ) -> std::result::Result<(), Errno> {
+        self.power.enter(wakeup)?;
+        if self.power.is_suspended() {
+            self.irqs.suspend();
+            watch.falls_asleep();
+        }
+        Ok(())
+    }
+
+    /// True when the device has lost what it held.
+    pub(super) fn low_power_exit(&mut self, watch: &Watch) -> std::result::Result<bool, Errno> {
+        let resumed = self.power.exit()?;
+        Ok(self.resumed(watch, resumed))
+    }
+
+    /// As [`Self::low_power_exit`].
+    pub(super) fn resumed_by_another(&mut self, watch: &Watch) -> bool {
+        let resumed = self.power.resumed_by_another();
+        self.resumed(watch, resumed)
+    }
+
+    fn resumed(&mut self, watch: &Watch, resumed: Resumed) -> bool {
+        if resumed != Resumed::Nothing {
+            watch.wakes();
+            self.irqs.resume();
+        }
+        resumed == Resumed::PowerLost
     }
 
     pub(super) fn memory_enabled(&self) -> bool {
@@ -116,14 +162,16 @@ impl Bus {
 
     /// DMA, if the device is a bus master; otherwise a fault.
     pub(super) fn transfer(&mut self, iova: u64, bytes: Transfer<'_>) -> Vec<(u64, u64)> {
-        if self.config.command() & COMMAND_BUS_MASTER != 0 {
+        let suspended = self.power.is_suspended();
+        if self.config.command() & COMMAND_BUS_MASTER != 0 && !suspended {
             return self.dma.transfer(iova, bytes);
         }
+        let kind = if suspended { DmaFaultKind::Suspended } else { DmaFaultKind::BusMasterOff };
         let (length, write) = match bytes {
             Transfer::FromMemory(data) => (data.len(), false),
             Transfer::ToMemory(data) => (data.len(), true),
         };
-        self.dma.fault(DmaFault { kind: DmaFaultKind::BusMasterOff, iova, length: length as u64, write });
+        self.dma.fault(DmaFault { kind, iova, length: length as u64, write });
         Vec::new()
     }
 }

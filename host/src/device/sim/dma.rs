@@ -15,6 +15,8 @@ const FAULTS_MAX: usize = 1024;
 pub enum DmaFaultKind {
     /// COMMAND.BUS_MASTER was off
     BusMasterOff,
+    /// The device was suspended
+    Suspended,
     /// Nothing is mapped there
     Unmapped,
     /// The map does not allow this direction

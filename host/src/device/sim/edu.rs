@@ -1,5 +1,6 @@
 //! The edu device (1234:11e8) as vfio-pci shows it.
 
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,10 +13,11 @@ use super::config::{Ids, PciConfig, SIZE};
 use super::dma::{DmaFault, DmaFaultKind, Transfer};
 use super::edu_model::{Effect, Model};
 use super::fault::FaultPlan;
-use super::irq::NUM_IRQS;
+use super::irq::{Irqs, NUM_IRQS};
+use super::power::{Sleep, is_low_power};
 use crate::device::{
     CONFIG_REGION, Clock, Device, DeviceInfo, DmaMap, Feature, FeatureAccess, Identity, IovaRange, IrqInfo, IrqSet,
-    NativeDmaLogging, NativeMigration, RegionInfo, Result,
+    NativeDmaLogging, NativeMigration, Power, RegionInfo, Result,
 };
 use crate::sys::Mapping;
 
@@ -40,11 +42,19 @@ pub struct EduOptions {
     pub dma_mask: u64,
     pub time: Time,
     pub faults: Arc<FaultPlan>,
+    /// What low power makes of it
+    pub sleep: Sleep,
 }
 
 impl Default for EduOptions {
     fn default() -> Self {
-        Self { name: "sim:edu".to_owned(), dma_mask: (1 << 28) - 1, time: Time::Real, faults: FaultPlan::none() }
+        Self {
+            name: "sim:edu".to_owned(),
+            dma_mask: (1 << 28) - 1,
+            time: Time::Real,
+            faults: FaultPlan::none(),
+            sleep: Sleep::default(),
+        }
     }
 }
 
@@ -79,7 +89,7 @@ impl Edu {
     pub fn new(options: EduOptions) -> Result<Arc<Self>> {
         let config = PciConfig::new(IDS, &BARS);
         let function = Function::new(options.name, IDS, &config, options.time, options.faults);
-        let state = Mutex::new(State { bus: Bus::new(config, 1), model: Model::new() });
+        let state = Mutex::new(State { bus: Bus::new(config, Irqs::new(1), options.sleep), model: Model::new() });
         let inner = Arc::new(Inner { function, dma_mask: options.dma_mask, state });
         let target: Arc<dyn Tick> = Arc::clone(&inner) as _;
         let alarm = Alarm::new(&inner.function.time, "sim-edu", target)
@@ -90,6 +100,34 @@ impl Edu {
     /// The first transfers, up to 1024, that were refused, in order.
     pub fn dma_faults(&self) -> Vec<DmaFault> {
         self.inner.state().bus.dma.faults()
+    }
+
+    /// Accesses that came to the suspended device, or were in flight when it was suspended: always 0, unless somebody did
+    /// not keep them away.
+    pub fn accesses_while_suspended(&self) -> u64 {
+        self.inner.function.watch.violations()
+    }
+
+    /// Plays a PF with so many VFs enabled.
+    pub fn enable_vfs(&self, vfs: u32) {
+        self.inner.state().bus.power.vfs = vfs;
+    }
+
+    /// Another user of the machine needs the device, as when its configuration space is looked at through sysfs.
+    pub fn resume_by_another(&self) {
+        let mut state = self.inner.state();
+        let lost = state.bus.resumed_by_another(&self.inner.function.watch);
+        state.woke(lost);
+    }
+
+    /// Whether INTx is enabled and masked, by whomever.
+    pub fn is_intx_masked(&self) -> bool {
+        self.inner.state().bus.irqs.intx_masked()
+    }
+
+    /// The kernel wants the device back (its REQ irq). False when nobody listens.
+    pub fn raise_request(&self) -> bool {
+        self.inner.state().bus.irqs.raise_request()
     }
 
     /// The hidden buffer, which no access to the device shows: for a test's oracle only.
@@ -105,6 +143,14 @@ impl Inner {
 }
 
 impl State {
+    /// Without power the registers were lost, and with them what the device was at.
+    fn woke(&mut self, power_lost: bool) {
+        if power_lost {
+            self.model = Model::new();
+            self.bus.irqs.set_level(false);
+        }
+    }
+
     fn apply(&mut self, effect: Effect) {
         let msi = self.bus.irqs.msi_enabled();
         match effect {
@@ -174,7 +220,7 @@ impl Device for Edu {
 
     fn region_read(&self, index: u32, offset: u64, data: &mut [u8]) -> Result<()> {
         let function = &self.inner.function;
-        function.step("edu region read")?;
+        let _access = function.access("edu region read")?;
         match index {
             CONFIG_REGION => {
                 function.check(index, offset, data.len(), SIZE as u64)?;
@@ -199,7 +245,7 @@ impl Device for Edu {
 
     fn region_write(&self, index: u32, offset: u64, data: &[u8]) -> Result<()> {
         let function = &self.inner.function;
-        function.step("edu region write")?;
+        let _access = function.access("edu region write")?;
         match index {
             CONFIG_REGION => {
                 function.check(index, offset, data.len(), SIZE as u64)?;
@@ -234,13 +280,13 @@ impl Device for Edu {
 
     fn set_irqs(&self, request: &IrqSet<'_>) -> Result<()> {
         let function = &self.inner.function;
-        function.step("edu set irqs")?;
+        let _access = function.access("edu set irqs")?;
         let index = request.index;
         self.inner.state().bus.set_irqs(request).map_err(|errno| function.refused(format!("irq index {index}"), errno))
     }
 
     fn reset(&self) -> Result<()> {
-        self.inner.function.step("edu reset")?;
+        let _access = self.inner.function.access("edu reset")?;
         Err(self.inner.function.refused("reset", Errno::NOTTY))
     }
 
@@ -262,8 +308,8 @@ impl Device for Edu {
         vec![IovaRange { iova: 0, last: u64::MAX }]
     }
 
-    fn probe_feature(&self, _feature: Feature, _access: FeatureAccess) -> bool {
-        false
+    fn probe_feature(&self, feature: Feature, access: FeatureAccess) -> bool {
+        is_low_power(feature, access) && self.inner.state().bus.power.is_supported()
     }
 
     fn migration(&self) -> Option<&dyn NativeMigration> {
@@ -272,6 +318,26 @@ impl Device for Edu {
 
     fn dma_logging(&self) -> Option<&dyn NativeDmaLogging> {
         None
+    }
+
+    fn low_power_entry(&self, wakeup: Option<BorrowedFd<'_>>) -> Result<()> {
+        let function = &self.inner.function;
+        function.step("edu low power entry")?;
+        let entered = self.inner.state().bus.low_power_entry(&function.watch, wakeup);
+        entered.map_err(|errno| function.refused("low power", errno))
+    }
+
+    fn low_power_exit(&self) -> Result<()> {
+        let function = &self.inner.function;
+        function.step("edu low power exit")?;
+        let mut state = self.inner.state();
+        let lost = state.bus.low_power_exit(&function.watch).map_err(|errno| function.refused("low power", errno))?;
+        state.woke(lost);
+        Ok(())
+    }
+
+    fn power(&self) -> Result<Power> {
+        Ok(self.inner.state().bus.power.power())
     }
 
     fn clock(&self) -> &dyn Clock {

@@ -1,14 +1,14 @@
 //! A model's interrupts, as vfio-pci delivers them: INTx as a level that is masked by being signalled, MSI as edges.
 //!
-//! States: *none*, *INTx*, *MSI*; INTx and MSI are never enabled together. REQ is apart.
+//! States: *none*, *INTx*, *MSI*; INTx and MSI are never enabled together. REQ and ERR are apart.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_INFO_AUTOMASKED, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE, VFIO_IRQ_INFO_NORESIZE,
-    VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_NUM_IRQS,
-    VFIO_PCI_REQ_IRQ_INDEX,
+    VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+    VFIO_PCI_NUM_IRQS, VFIO_PCI_REQ_IRQ_INDEX,
 };
 
 use crate::device::{IrqAction, IrqData, IrqInfo, IrqSet};
@@ -32,15 +32,65 @@ pub(super) struct Irqs {
     msi_vectors: u32,
     mode: Mode,
     request: Option<OwnedFd>,
+    /// ERR exists on PCI Express only
+    express: bool,
+    error: Option<OwnedFd>,
     /// The device asserts INTx
     level: bool,
+    /// INTx was masked by being suspended, and by nobody else
+    masked_by_suspend: bool,
     /// COMMAND.INTX_DISABLE
     intx_disabled: bool,
 }
 
 impl Irqs {
     pub(super) fn new(msi_vectors: u32) -> Self {
-        Self { msi_vectors, mode: Mode::None, request: None, level: false, intx_disabled: false }
+        Self {
+            msi_vectors,
+            mode: Mode::None,
+            request: None,
+            express: false,
+            error: None,
+            level: false,
+            masked_by_suspend: false,
+            intx_disabled: false,
+        }
+    }
+
+    /// With the index that reports errors.
+    pub(super) fn express(msi_vectors: u32) -> Self {
+        Self { express: true, ..Self::new(msi_vectors) }
+    }
+
+    /// The kernel wants the device back. False when nobody listens.
+    pub(super) fn raise_request(&self) -> bool {
+        self.request.as_ref().inspect(|eventfd| signal(eventfd)).is_some()
+    }
+
+    /// The device reported an uncorrectable error. False when nobody listens.
+    pub(super) fn raise_error(&self) -> bool {
+        self.error.as_ref().inspect(|eventfd| signal(eventfd)).is_some()
+    }
+
+    pub(super) fn suspend(&mut self) {
+        if let Mode::Intx { masked: masked @ false, .. } = &mut self.mode {
+            *masked = true;
+            self.masked_by_suspend = true;
+        }
+    }
+
+    pub(super) fn resume(&mut self) {
+        if std::mem::take(&mut self.masked_by_suspend)
+            && let Mode::Intx { masked, .. } = &mut self.mode
+        {
+            *masked = false;
+        }
+        self.deliver_intx();
+    }
+
+    /// Whether INTx is enabled and masked, by whomever.
+    pub(super) fn intx_masked(&self) -> bool {
+        matches!(self.mode, Mode::Intx { masked: true, .. })
     }
 
     pub(super) fn info(&self, index: u32) -> Result<IrqInfo, Errno> {
@@ -49,7 +99,7 @@ impl Irqs {
             VFIO_PCI_MSI_IRQ_INDEX => (VFIO_IRQ_INFO_NORESIZE, self.msi_vectors),
             VFIO_PCI_MSIX_IRQ_INDEX => (VFIO_IRQ_INFO_NORESIZE, 0),
             VFIO_PCI_REQ_IRQ_INDEX => (VFIO_IRQ_INFO_NORESIZE, 1),
-            // The error index exists on PCI Express only.
+            VFIO_PCI_ERR_IRQ_INDEX if self.express => (VFIO_IRQ_INFO_NORESIZE, 1),
             _ => return Err(Errno::INVAL),
         };
         Ok(IrqInfo { index, flags: flags | VFIO_IRQ_INFO_EVENTFD, count })
@@ -98,7 +148,8 @@ impl Irqs {
             (VFIO_PCI_INTX_IRQ_INDEX, IrqAction::Trigger) => self.trigger_intx(request.data),
             (VFIO_PCI_INTX_IRQ_INDEX, action) => self.mask_intx(action == IrqAction::Mask, request.data),
             (VFIO_PCI_MSI_IRQ_INDEX, IrqAction::Trigger) => self.trigger_msi(request.start as usize, end, request.data),
-            (VFIO_PCI_REQ_IRQ_INDEX, IrqAction::Trigger) => self.trigger_request(request.data),
+            (VFIO_PCI_REQ_IRQ_INDEX, IrqAction::Trigger) => trigger_one(&mut self.request, request.data),
+            (VFIO_PCI_ERR_IRQ_INDEX, IrqAction::Trigger) => trigger_one(&mut self.error, request.data),
             _ => Err(Errno::NOTTY),
         }
     }
@@ -106,6 +157,7 @@ impl Irqs {
     fn disable(&mut self, index: u32) -> Result<(), Errno> {
         match (index, &self.mode) {
             (VFIO_PCI_REQ_IRQ_INDEX, _) => self.request = None,
+            (VFIO_PCI_ERR_IRQ_INDEX, _) => self.error = None,
             (VFIO_PCI_INTX_IRQ_INDEX, Mode::Intx { .. }) | (VFIO_PCI_MSI_IRQ_INDEX, Mode::Msi(_)) => {
                 self.mode = Mode::None;
             }
@@ -168,16 +220,6 @@ impl Irqs {
         Ok(())
     }
 
-    fn trigger_request(&mut self, data: IrqData<'_>) -> Result<(), Errno> {
-        match data {
-            IrqData::EventFd([fd]) => self.request = fd.as_ref().map(duplicate).transpose()?,
-            IrqData::None | IrqData::Bool([true]) => self.request.iter().for_each(signal),
-            IrqData::Bool([false]) => {}
-            _ => return Err(Errno::INVAL),
-        }
-        Ok(())
-    }
-
     /// Signals an asserted, unmasked pin, and masks it until it is unmasked.
     fn deliver_intx(&mut self) {
         if let Mode::Intx { eventfd, masked: masked @ false } = &mut self.mode
@@ -188,6 +230,17 @@ impl Irqs {
             *masked = true;
         }
     }
+}
+
+/// An index of one vector that is nobody's interrupt: REQ and ERR.
+fn trigger_one(slot: &mut Option<OwnedFd>, data: IrqData<'_>) -> Result<(), Errno> {
+    match data {
+        IrqData::EventFd([fd]) => *slot = fd.as_ref().map(duplicate).transpose()?,
+        IrqData::None | IrqData::Bool([true]) => slot.iter().for_each(signal),
+        IrqData::Bool([false]) => {}
+        _ => return Err(Errno::INVAL),
+    }
+    Ok(())
 }
 
 fn place(vectors: &mut [Option<OwnedFd>], start: usize, fds: &[Option<BorrowedFd<'_>>]) -> Result<(), Errno> {

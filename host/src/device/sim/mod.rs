@@ -17,13 +17,16 @@ mod edu;
 mod edu_model;
 mod fault;
 mod irq;
+mod power;
 mod spec;
 mod stateful;
+mod stateful_log;
 mod stateful_stream;
 
 pub use clock::{Time, VirtualClock};
 pub use dma::{DmaFault, DmaFaultKind};
 pub use edu::{Edu, EduOptions};
 pub use fault::{Fault, FaultPlan};
+pub use power::Sleep;
 pub use spec::{SpecError, open};
 pub use stateful::{Stateful, StatefulOptions, regs};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Edu, EduOptions, Stateful, StatefulOptions, Time, VirtualClock};
+use super::{Edu, EduOptions, Sleep, Stateful, StatefulOptions, Time, VirtualClock};
 use crate::device::{Device, DeviceError};
 
 /// A name that opens nothing.
@@ -22,8 +22,9 @@ pub enum SpecError {
 
 /// Opens a device of its own, which is gone when the last reference is. Models and options:
 ///
-/// * `sim:edu`: `dma_mask` (decimal, or hexadecimal with 0x), `clock` (`real`, the default, or `virtual`)
-/// * `sim:stateful`: `clock`
+/// * `sim:edu`: `dma_mask` (decimal, or hexadecimal with 0x), `clock` (`real`, the default, or `virtual`), `sleep`: what low
+///   power makes of it (`d3hot`, the default, `d3cold`, `never`, or `none` for a device without low power)
+/// * `sim:stateful`: `clock`, `sleep`
 pub fn open(spec: &str) -> Result<Arc<dyn Device>, SpecError> {
     let rest = spec.strip_prefix("sim:").ok_or_else(|| SpecError::NotSim { spec: spec.to_owned() })?;
     let (model, options) = rest.split_once('?').unwrap_or((rest, ""));
@@ -45,9 +46,15 @@ fn open_edu(spec: &str, options: &[(&str, &str)]) -> Result<Arc<dyn Device>, Spe
         match *option {
             "dma_mask" => edu.dma_mask = number(spec, option, value)?,
             "clock" => edu.time = time(spec, option, value)?,
+            "sleep" => edu.sleep = sleep(spec, option, value)?,
             _ => {
                 let (spec, option) = (spec.to_owned(), (*option).to_owned());
-                return Err(SpecError::UnknownOption { spec, option, model: "edu", known: "dma_mask and clock" });
+                return Err(SpecError::UnknownOption {
+                    spec,
+                    option,
+                    model: "edu",
+                    known: "dma_mask, clock and sleep",
+                });
             }
         }
     }
@@ -59,9 +66,10 @@ fn open_stateful(spec: &str, options: &[(&str, &str)]) -> Result<Arc<dyn Device>
     for (option, value) in options {
         match *option {
             "clock" => stateful.time = time(spec, option, value)?,
+            "sleep" => stateful.sleep = sleep(spec, option, value)?,
             _ => {
                 let (spec, option) = (spec.to_owned(), (*option).to_owned());
-                return Err(SpecError::UnknownOption { spec, option, model: "stateful", known: "clock" });
+                return Err(SpecError::UnknownOption { spec, option, model: "stateful", known: "clock and sleep" });
             }
         }
     }
@@ -81,6 +89,16 @@ fn time(spec: &str, option: &str, value: &str) -> Result<Time, SpecError> {
         "real" => Ok(Time::Real),
         "virtual" => Ok(Time::Virtual(VirtualClock::new())),
         _ => Err(bad(spec, option, "real or virtual")),
+    }
+}
+
+fn sleep(spec: &str, option: &str, value: &str) -> Result<Sleep, SpecError> {
+    match value {
+        "d3hot" => Ok(Sleep::D3Hot),
+        "d3cold" => Ok(Sleep::D3Cold),
+        "never" => Ok(Sleep::Never),
+        "none" => Ok(Sleep::Unsupported),
+        _ => Err(bad(spec, option, "d3hot, d3cold, never or none")),
     }
 }
 

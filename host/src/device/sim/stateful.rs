@@ -1,6 +1,6 @@
 //! A device with native migration v2 and DMA logging, as a variant driver gives them.
 
-use std::collections::BTreeSet;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
@@ -15,11 +15,13 @@ use super::config::{Ids, PciConfig, SIZE};
 use super::dma::{DmaFault, Transfer};
 use super::edu::Accesses;
 use super::fault::FaultPlan;
-use super::irq::NUM_IRQS;
+use super::irq::{Irqs, NUM_IRQS};
+use super::power::{Sleep, is_low_power};
+use super::stateful_log::Log;
 use super::stateful_stream::{FULL, Loading, MEMORY_SIZE, REGISTERS_PAYLOAD, Saving};
 use crate::device::{
     Area, CONFIG_REGION, Clock, Device, DeviceInfo, DmaMap, Feature, FeatureAccess, Identity, IovaRange, IrqInfo,
-    IrqSet, NativeDmaLogging, NativeMigration, PrecopyInfo, RegionCapability, RegionInfo, Result,
+    IrqSet, NativeDmaLogging, NativeMigration, Power, PrecopyInfo, RegionCapability, RegionInfo, Result,
 };
 use crate::sys::{Mapping, Seal, memfd};
 
@@ -58,9 +60,7 @@ const BARS: [(usize, u32); 2] = [(0, 4096), (2, MEMORY_SIZE as u32)];
 const MEMORY_BAR: u32 = 2;
 const MAPPABLE: Area = Area { offset: 4096, length: MEMORY_SIZE as u64 - 4096 };
 const FLAGS: MigrationFlags = MigrationFlags { p2p: true, pre_copy: true };
-const PAGE_SIZE: u64 = 4096;
-/// As the kernel: ranges that fit one page of `struct vfio_device_feature_dma_logging_range`.
-const RANGES_MAX: usize = 256;
+pub(super) const PAGE_SIZE: u64 = 4096;
 
 const IDS: Ids =
     Ids { vendor: 0x1234, device: 0x57A7, subsystem_vendor: 0x1234, subsystem: 0x0001, class: 0x00_FF00, revision: 1 };
@@ -72,11 +72,13 @@ pub struct StatefulOptions {
     pub name: String,
     pub time: Time,
     pub faults: Arc<FaultPlan>,
+    /// What low power makes of it
+    pub sleep: Sleep,
 }
 
 impl Default for StatefulOptions {
     fn default() -> Self {
-        Self { name: "sim:stateful".to_owned(), time: Time::Real, faults: FaultPlan::none() }
+        Self { name: "sim:stateful".to_owned(), time: Time::Real, faults: FaultPlan::none(), sleep: Sleep::default() }
     }
 }
 
@@ -87,7 +89,7 @@ impl Default for StatefulOptions {
 /// which only a reset ends. An arc that a [`FaultPlan`] fails leaves it in the state before that arc.
 #[derive(Debug)]
 pub struct Stateful {
-    function: Function,
+    pub(super) function: Function,
     memory_fd: std::os::fd::OwnedFd,
     memory: Mapping,
     state: Mutex<State>,
@@ -104,20 +106,13 @@ struct Registers {
 }
 
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     bus: Bus,
     registers: Registers,
     device_state: DeviceState,
     saving: Option<Saving>,
     loading: Option<Loading>,
-    log: Option<Log>,
-}
-
-/// Pages (iova / 4096) written inside the ranges since they were last reported.
-#[derive(Debug)]
-struct Log {
-    ranges: Vec<IovaRange>,
-    dirty: BTreeSet<u64>,
+    pub(super) log: Option<Log>,
 }
 
 impl Stateful {
@@ -130,7 +125,7 @@ impl Stateful {
         let memory_fd = memfd("sim-stateful", size, Seal::Size).map_err(|_| no_memory())?;
         let memory = Mapping::new(&memory_fd, 0, size).map_err(|_| no_memory())?;
         let state = State {
-            bus: Bus::new(config, 1),
+            bus: Bus::new(config, Irqs::express(1), options.sleep),
             registers: Registers::default(),
             device_state: DeviceState::Running,
             saving: None,
@@ -140,12 +135,28 @@ impl Stateful {
         Ok(Arc::new(Self { function, memory_fd, memory, state: Mutex::new(state) }))
     }
 
+    /// Accesses that came to the suspended device, or were in flight when it was suspended: always 0, unless somebody did
+    /// not keep them away.
+    pub fn accesses_while_suspended(&self) -> u64 {
+        self.function.watch.violations()
+    }
+
+    /// The kernel wants the device back (its REQ irq). False when nobody listens.
+    pub fn raise_request(&self) -> bool {
+        self.state().bus.irqs.raise_request()
+    }
+
+    /// The device reports an uncorrectable error (AER, its ERR irq). False when nobody listens.
+    pub fn raise_error(&self) -> bool {
+        self.state().bus.irqs.raise_error()
+    }
+
     /// The first transfers, up to 1024, that were refused, in order.
     pub fn dma_faults(&self) -> Vec<DmaFault> {
         self.state().bus.dma.faults()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -284,18 +295,6 @@ impl State {
     }
 }
 
-impl Log {
-    fn mark(&mut self, iova: u64, length: u64) {
-        let last = iova + (length - 1);
-        for range in &self.ranges {
-            let (from, to) = (range.iova.max(iova), range.last.min(last));
-            if from <= to {
-                self.dirty.extend(from / PAGE_SIZE..=to / PAGE_SIZE);
-            }
-        }
-    }
-}
-
 impl Device for Stateful {
     fn identity(&self) -> &Identity {
         &self.function.identity
@@ -324,7 +323,7 @@ impl Device for Stateful {
     }
 
     fn region_read(&self, index: u32, offset: u64, data: &mut [u8]) -> Result<()> {
-        self.function.step("stateful region read")?;
+        let _access = self.function.access("stateful region read")?;
         if index == CONFIG_REGION {
             self.function.check(index, offset, data.len(), SIZE as u64)?;
             self.state().bus.config_read(offset, data);
@@ -346,7 +345,7 @@ impl Device for Stateful {
     }
 
     fn region_write(&self, index: u32, offset: u64, data: &[u8]) -> Result<()> {
-        self.function.step("stateful region write")?;
+        let _access = self.function.access("stateful region write")?;
         if index == CONFIG_REGION {
             self.function.check(index, offset, data.len(), SIZE as u64)?;
             self.state().bus.config_write(offset, data);
@@ -372,7 +371,7 @@ impl Device for Stateful {
     }
 
     fn region_map(&self, index: u32, offset: u64, length: u64) -> Result<Arc<Mapping>> {
-        self.function.step("stateful region map")?;
+        let _access = self.function.access("stateful region map")?;
         let what = || format!("mapping {length} bytes at {offset:#x} of region {index}");
         if index != MEMORY_BAR {
             return Err(self.function.refused(what(), Errno::NODEV));
@@ -386,14 +385,14 @@ impl Device for Stateful {
     }
 
     fn set_irqs(&self, request: &IrqSet<'_>) -> Result<()> {
-        self.function.step("stateful set irqs")?;
+        let _access = self.function.access("stateful set irqs")?;
         let done = self.state().bus.set_irqs(request);
         done.map_err(|errno| self.function.refused(format!("irq index {}", request.index), errno))
     }
 
     /// Registers and memory are zero, the state RUNNING, streams and logging gone, bus master off; maps and irqs stay.
     fn reset(&self) -> Result<()> {
-        self.function.step("stateful reset")?;
+        let _access = self.function.access("stateful reset")?;
         let mut state = self.state();
         state.registers = Registers::default();
         state.bus.config = PciConfig::new(IDS, &BARS);
@@ -427,7 +426,7 @@ impl Device for Stateful {
             (Feature::MigDeviceState, _)
                 | (Feature::Migration | Feature::MigDataSize | Feature::DmaLoggingReport, FeatureAccess::Get)
                 | (Feature::DmaLoggingStart | Feature::DmaLoggingStop, FeatureAccess::Set)
-        )
+        ) || is_low_power(feature, access) && self.state().bus.power.is_supported()
     }
 
     fn migration(&self) -> Option<&dyn NativeMigration> {
@@ -436,6 +435,28 @@ impl Device for Stateful {
 
     fn dma_logging(&self) -> Option<&dyn NativeDmaLogging> {
         Some(self)
+    }
+
+    fn low_power_entry(&self, wakeup: Option<BorrowedFd<'_>>) -> Result<()> {
+        self.function.step("stateful low power entry")?;
+        let entered = self.state().bus.low_power_entry(&self.function.watch, wakeup);
+        entered.map_err(|errno| self.function.refused("low power", errno))
+    }
+
+    /// Without power its registers and memory were lost.
+    fn low_power_exit(&self) -> Result<()> {
+        self.function.step("stateful low power exit")?;
+        let mut state = self.state();
+        let exited = state.bus.low_power_exit(&self.function.watch);
+        if exited.map_err(|errno| self.function.refused("low power", errno))? {
+            state.registers = Registers::default();
+            self.memory.fill(0, MEMORY_SIZE as u64, 0).map_err(|error| self.memory_error(error))?;
+        }
+        Ok(())
+    }
+
+    fn power(&self) -> Result<Power> {
+        Ok(self.state().bus.power.power())
     }
 
     fn clock(&self) -> &dyn Clock {
@@ -449,7 +470,7 @@ impl NativeMigration for Stateful {
     }
 
     fn set_state(&self, target: DeviceState) -> Result<()> {
-        self.function.step("stateful set state")?;
+        let _access = self.function.access("stateful set state")?;
         let from = self.state().device_state;
         let arcs = path(from, target, FLAGS).map_err(|error| self.function.refused(error.to_string(), Errno::INVAL))?;
         for to in arcs {
@@ -467,7 +488,7 @@ impl NativeMigration for Stateful {
     }
 
     fn read(&self, buffer: &mut [u8]) -> Result<usize> {
-        self.function.step("stateful save")?;
+        let _access = self.function.access("stateful save")?;
         let mut state = Stateful::state(self);
         let no_stream = || self.function.refused("reading without a saving stream", Errno::INVAL);
         let saving = state.saving.as_mut().ok_or_else(no_stream)?;
@@ -478,7 +499,7 @@ impl NativeMigration for Stateful {
     }
 
     fn write(&self, data: &[u8]) -> Result<()> {
-        self.function.step("stateful load")?;
+        let _access = self.function.access("stateful load")?;
         let mut state = Stateful::state(self);
         let no_stream = || self.function.refused("writing without a resuming stream", Errno::INVAL);
         let loading = state.loading.as_mut().ok_or_else(no_stream)?;
@@ -486,7 +507,7 @@ impl NativeMigration for Stateful {
     }
 
     fn precopy_info(&self) -> Result<PrecopyInfo> {
-        self.function.step("stateful precopy info")?;
+        let _access = self.function.access("stateful precopy info")?;
         let state = Stateful::state(self);
         let saving = match (&state.saving, state.device_state) {
             (Some(saving), DeviceState::PreCopy | DeviceState::PreCopyP2p) => saving,
@@ -501,79 +522,6 @@ impl NativeMigration for Stateful {
     fn stop_copy_bytes(&self) -> Result<u64> {
         self.function.step("stateful data size")?;
         Ok(FULL)
-    }
-}
-
-impl NativeDmaLogging for Stateful {
-    /// Always grants 4096.
-    fn start(&self, ranges: &[IovaRange], page_size: u64) -> Result<u64> {
-        self.function.step("stateful log start")?;
-        let refused = |errno| self.function.refused(format!("logging {} ranges", ranges.len()), errno);
-        if ranges.len() > RANGES_MAX {
-            return Err(refused(Errno::TOOBIG));
-        }
-        if ranges.is_empty() || !page_size.is_power_of_two() || page_size < PAGE_SIZE {
-            return Err(refused(Errno::INVAL));
-        }
-        let mut sorted = ranges.to_vec();
-        sorted.sort_unstable();
-        let aligned = |range: &IovaRange| {
-            range.iova.is_multiple_of(page_size) && range.last.wrapping_add(1).is_multiple_of(page_size)
-        };
-        let proper = sorted.iter().all(|range| range.iova <= range.last && aligned(range));
-        let disjoint = sorted.windows(2).all(|pair| pair[0].last < pair[1].iova);
-        let mut state = Stateful::state(self);
-        if !proper || !disjoint || state.log.is_some() {
-            return Err(refused(Errno::INVAL));
-        }
-        // 2^64 bytes are a length that the uAPI cannot say.
-        if sorted[0].iova == 0 && sorted[0].last == u64::MAX {
-            return Err(refused(Errno::OVERFLOW));
-        }
-        state.log = Some(Log { ranges: sorted, dirty: BTreeSet::new() });
-        Ok(PAGE_SIZE)
-    }
-
-    /// EINVAL outside the logged ranges, where nobody knows. What is reported is forgotten, and a failure that a plan
-    /// injects comes after that.
-    fn report(&self, range: IovaRange, page_size: u64, bitmap: &mut [u64]) -> Result<()> {
-        let taken = self.take_dirty(range, page_size, bitmap.len());
-        self.function.step("stateful log report")?;
-        for page in taken? {
-            let bit = (page.saturating_mul(PAGE_SIZE).max(range.iova) - range.iova) / page_size;
-            bitmap[(bit / 64) as usize] |= 1 << (bit % 64);
-        }
-        Ok(())
-    }
-
-    fn stop(&self) -> Result<()> {
-        self.function.step("stateful log stop")?;
-        let log = Stateful::state(self).log.take();
-        log.map(drop).ok_or_else(|| self.function.refused("logging has not started", Errno::INVAL))
-    }
-}
-
-impl Stateful {
-    /// Takes the dirty pages of a range out of the log, after checking that `words` words can hold the answer.
-    fn take_dirty(&self, range: IovaRange, page_size: u64, words: usize) -> Result<Vec<u64>> {
-        let refused =
-            || self.function.refused(format!("report of {:#x}..={:#x}", range.iova, range.last), Errno::INVAL);
-        let sized = page_size.is_power_of_two() && page_size >= PAGE_SIZE && range.iova.is_multiple_of(page_size);
-        let ordered = range.iova <= range.last;
-        if !sized || !ordered || (range.last - range.iova) / page_size / 64 >= words as u64 {
-            return Err(refused());
-        }
-        let mut state = self.state();
-        let log = state.log.as_mut().ok_or_else(refused)?;
-        if !log.ranges.iter().any(|logged| logged.iova <= range.iova && range.last <= logged.last) {
-            return Err(refused());
-        }
-        let (first, last) = (range.iova / PAGE_SIZE, range.last / PAGE_SIZE);
-        let taken: Vec<u64> = log.dirty.range(first..=last).copied().collect();
-        taken.iter().for_each(|page| {
-            log.dirty.remove(page);
-        });
-        Ok(taken)
     }
 }
 

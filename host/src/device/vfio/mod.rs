@@ -23,11 +23,12 @@ use vfio_mediate_sdk::state::DeviceState;
 pub use caps::ChainError;
 pub use iommu::Iommu;
 pub use open::Options;
+use sysfs::Sysfs;
 pub use token::{BadToken, VfToken};
 
 use super::{
     Backend, CONFIG_REGION, Clock, Device, DeviceError, DeviceInfo, DmaMap, ErrorKind, Feature, FeatureAccess,
-    Identity, IovaRange, IrqAction, IrqData, IrqInfo, IrqSet, NativeDmaLogging, NativeMigration, RealClock,
+    Identity, IovaRange, IrqAction, IrqData, IrqInfo, IrqSet, NativeDmaLogging, NativeMigration, Power, RealClock,
     RegionCapability, RegionInfo, Result,
 };
 use crate::sys::{IoMap, Mapping, vfio};
@@ -378,6 +379,34 @@ impl Device for VfioDevice {
 
     fn dma_logging(&self) -> Option<&dyn NativeDmaLogging> {
         self.dma_logging.as_ref().map(|logging| logging as &dyn NativeDmaLogging)
+    }
+
+    /// The kernel lets a PF with enabled VFs enter, and never suspends it: nobody would learn why.
+    fn low_power_entry(&self, wakeup: Option<BorrowedFd<'_>>) -> Result<()> {
+        let name = &self.identity.name;
+        if let Some(vfs @ 1..) = Sysfs::default().enabled_vfs(name).ok().flatten() {
+            return Err(self.error(format!("low power: {vfs} of its VFs are enabled"), Errno::BUSY));
+        }
+        vfio::low_power_entry(self.fd.as_fd(), wakeup).map_err(|errno| {
+            let what = match errno {
+                Errno::INVAL => "low power: it was entered already",
+                Errno::NOTTY => "low power: its driver or this kernel has none",
+                _ => "entering low power",
+            };
+            self.error(what, errno)
+        })
+    }
+
+    fn low_power_exit(&self) -> Result<()> {
+        vfio::low_power_exit(self.fd.as_fd()).map_err(|errno| self.error("leaving low power", errno))
+    }
+
+    fn power(&self) -> Result<Power> {
+        let power = Sysfs::default().power(&self.identity.name);
+        power.map_err(|error| {
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::NOTTY);
+            DeviceError::refused(&self.identity.name, format!("its power state: {error}"), errno)
+        })
     }
 
     fn clock(&self) -> &dyn Clock {

@@ -6,6 +6,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::device::{Power, PowerState};
+
 /// Reads `/sys` and `/dev`, or the same below another root in tests.
 #[derive(Debug, Clone)]
 pub struct Sysfs {
@@ -107,6 +109,33 @@ impl Sysfs {
         let mut members = self.members(group)?;
         members.retain(|member| member.name != name && member.driver.as_ref().is_some_and(foreign));
         Ok(members)
+    }
+
+    /// VFs of this PF that are enabled; `None` for a device that has none to enable.
+    pub fn enabled_vfs(&self, name: &str) -> io::Result<Option<u32>> {
+        let text = match std::fs::read_to_string(self.device(name)?.join("sriov_numvfs")) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let wrong = |_| io::Error::new(io::ErrorKind::InvalidData, "sriov_numvfs is no number");
+        text.trim().parse().map(Some).map_err(wrong)
+    }
+
+    /// The kernel's own record of the device's power: reading it resumes nothing. NotFound for a device that is not on the PCI
+    /// bus.
+    pub fn power(&self, name: &str) -> io::Result<Power> {
+        let device = self.device(name)?;
+        let state = match std::fs::read_to_string(device.join("power_state"))?.trim() {
+            "D0" => PowerState::D0,
+            "D1" => PowerState::D1,
+            "D2" => PowerState::D2,
+            "D3hot" => PowerState::D3Hot,
+            "D3cold" => PowerState::D3Cold,
+            _ => PowerState::Unknown,
+        };
+        let status = std::fs::read_to_string(device.join("power/runtime_status"))?;
+        Ok(Power { state, suspended: status.trim() == "suspended" })
     }
 
     /// `/dev/vfio/N` of a group.

@@ -136,3 +136,28 @@ fn a_name_that_is_a_path_is_refused() {
     let findings = fake.sysfs().viability("0000:00:12.0");
     assert_eq!(texts(&findings, Severity::Blocker), ["0000:00:12.0: no such PCI or mdev device"]);
 }
+
+#[test]
+fn power_and_enabled_vfs_are_the_kernels_record() {
+    let fake = Fake::new();
+    let (name, device) = ("0000:00:10.0", "sys/bus/pci/devices/0000:00:10.0");
+    assert_eq!(fake.sysfs().enabled_vfs(name).unwrap(), None);
+    assert!(fake.sysfs().power(name).is_err());
+    for (state, status, power) in [
+        ("D0", "active", Power { state: PowerState::D0, suspended: false }),
+        ("D3hot", "suspended", Power { state: PowerState::D3Hot, suspended: true }),
+        ("D3cold", "suspending", Power { state: PowerState::D3Cold, suspended: false }),
+        ("error", "active", Power { state: PowerState::Unknown, suspended: false }),
+    ] {
+        create_dir_all(fake.path(&format!("{device}/power"))).unwrap();
+        write(fake.path(&format!("{device}/power_state")), format!("{state}\n")).unwrap();
+        write(fake.path(&format!("{device}/power/runtime_status")), format!("{status}\n")).unwrap();
+        assert_eq!(fake.sysfs().power(name).unwrap(), power);
+    }
+    for (text, vfs) in [("0\n", Some(0)), ("7\n", Some(7))] {
+        write(fake.path(&format!("{device}/sriov_numvfs")), text).unwrap();
+        assert_eq!(fake.sysfs().enabled_vfs(name).unwrap(), vfs);
+    }
+    write(fake.path(&format!("{device}/sriov_numvfs")), "many\n").unwrap();
+    assert!(fake.sysfs().enabled_vfs(name).is_err());
+}

@@ -37,6 +37,7 @@ fn touch(model: &Modelled) {
 }
 
 fn touch_alone(model: &Modelled) {
+    assert_eq!(model.alone.load(Ordering::Relaxed), 0, "two exclusive turns at once");
     model.alone.store(1, Ordering::Relaxed);
     assert_eq!(model.inside.load(Ordering::Relaxed), 0, "an exclusive turn met an access");
     model.alone.store(0, Ordering::Relaxed);
@@ -53,7 +54,7 @@ fn access(model: &Modelled, index: usize) -> bool {
 }
 
 fn change(model: &Modelled, standing: Standing) {
-    let turn = model.gate.close_as(Reason::Resetting, some_day()).expect("a turn");
+    let turn = model.gate.close_as(Reason::Resetting, some_day(), Late::Fail).expect("a turn");
     touch_alone(model);
     turn.release(standing);
 }
@@ -70,6 +71,27 @@ fn loom_gate_no_access_meets_an_exclusive_turn() {
         change(&model, Standing::OPEN);
         reader.join().unwrap();
         assert!(access(&model, 1));
+    });
+}
+
+/// An access that takes the quick way, and goes the other way where that does not let it in: as the dispatcher does.
+/// spec: GATE-1 GATE-2
+#[test]
+fn loom_gate_the_quick_way_in_meets_no_exclusive_turn() {
+    loom::model(|| {
+        let model = open();
+        let other = model.clone();
+        let reader = thread::spawn(move || match other.gate.enter_quickly_at(0, Class::Memory) {
+            Some(pass) => {
+                touch(&other);
+                pass.leave();
+            }
+            None => _ = access(&other, 0),
+        });
+        change(&model, Standing::OPEN);
+        reader.join().unwrap();
+        assert!(model.gate.enter_quickly_at(OVERFLOW, Class::Memory).is_none(), "only slots of one's own are quick");
+        assert!(model.gate.enter_quickly_at(1, Class::Memory).is_some());
     });
 }
 
@@ -125,7 +147,7 @@ fn loom_gate_two_closers_take_turns() {
 fn loom_gate_a_waiting_access_gets_in_when_the_turn_ends() {
     loom::model(|| {
         let model = open();
-        let turn = model.gate.close_as(Reason::TableSwap, some_day()).unwrap();
+        let turn = model.gate.close_as(Reason::TableSwap, some_day(), Late::Fail).unwrap();
         let other = model.clone();
         let waiter = thread::spawn(move || {
             let pass = other.gate.enter_slow(0, Class::Memory, some_day());

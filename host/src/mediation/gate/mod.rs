@@ -250,7 +250,11 @@ impl Gate {
     /// why not.
     #[inline(always)]
     pub fn enter_quickly(&self, class: Class) -> Option<Pass<'_>> {
-        let index = thread_index::assigned();
+        self.enter_quickly_at(thread_index::assigned(), class)
+    }
+
+    #[inline(always)]
+    fn enter_quickly_at(&self, index: usize, class: Class) -> Option<Pass<'_>> {
         if index >= self.quick {
             return None;
         }
@@ -349,14 +353,26 @@ impl Gate {
     /// Accesses that come meanwhile are refused with `reason`. When passes are still in flight at `deadline` the gate is
     /// failed, for good: nobody can tell what the device is doing.
     pub fn close(&self, reason: Reason, deadline: Instant) -> Result<Exclusive<'_>, CloseError> {
-        let index = thread_index::current();
-        if index != OVERFLOW && self.slots[index].0.load(Ordering::Relaxed) != 0 {
-            return Err(CloseError::Held);
-        }
-        self.close_as(reason, deadline)
+        self.refuse_holder()?;
+        self.close_as(reason, deadline, Late::Fail)
     }
 
-    fn close_as(&self, reason: Reason, deadline: Instant) -> Result<Exclusive<'_>, CloseError> {
+    /// As [`Self::close`], for a change that can as well be left undone: with passes in flight at `deadline` the answer is
+    /// [`CloseError::Busy`], accesses are admitted again, and nothing has changed.
+    pub fn close_or_leave(&self, reason: Reason, deadline: Instant) -> Result<Exclusive<'_>, CloseError> {
+        self.refuse_holder()?;
+        self.close_as(reason, deadline, Late::Leave)
+    }
+
+    fn refuse_holder(&self) -> Result<(), CloseError> {
+        let index = thread_index::current();
+        match index != OVERFLOW && self.slots[index].0.load(Ordering::Relaxed) != 0 {
+            true => Err(CloseError::Held),
+            false => Ok(()),
+        }
+    }
+
+    fn close_as(&self, reason: Reason, deadline: Instant, late: Late) -> Result<Exclusive<'_>, CloseError> {
         let mut turn = lock(&self.turn);
         while turn.taken {
             turn = self.wait(turn, deadline).map_err(|TimedOut| CloseError::Busy)?;
@@ -376,6 +392,12 @@ impl Gate {
                 Ok(next) => turn = next,
                 // The last pass may have left between the timeout and our having the lock again.
                 Err(TimedOut) if self.is_drained() => break,
+                Err(TimedOut) if late == Late::Leave => {
+                    // As it was, unless it failed meanwhile.
+                    let failed = |state| state & EVERYTHING == Reason::Failed as u32;
+                    self.end_turn(|state| if failed(state) { state } else { (state & !EVERYTHING) | gone });
+                    return Err(CloseError::Busy);
+                }
                 Err(TimedOut) => {
                     self.end_turn(|state| (state & !EVERYTHING) | Reason::Failed as u32);
                     return Err(CloseError::DrainTimeout);
@@ -461,6 +483,13 @@ impl Gate {
 
 #[derive(Debug)]
 struct TimedOut;
+
+/// What becomes of a gate whose passes are still in flight at the deadline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Late {
+    Fail,
+    Leave,
+}
 
 /// How a thread counts its passes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

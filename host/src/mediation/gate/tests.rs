@@ -115,6 +115,34 @@ fn a_second_closer_waits_its_turn_and_gives_up_at_its_deadline() {
     assert!(gate.enter(Class::Memory).is_ok());
 }
 
+/// spec: GATE-7
+#[test]
+fn a_close_that_may_be_left_undone_leaves_the_gate_as_it_was() {
+    for standing in [Standing::OPEN, Standing { everything: None, memory: Some(Reason::MemoryDisabled) }] {
+        let gate = open();
+        gate.close(Reason::Resetting, soon()).unwrap().release(standing);
+        let pass = gate.enter(Class::Control).unwrap();
+        thread::scope(|scope| {
+            let closer = scope.spawn(|| gate.close_or_leave(Reason::Reconfiguring, Instant::now()).unwrap_err());
+            assert_eq!(closer.join().unwrap(), CloseError::Busy);
+        });
+        assert_eq!((gate.closed(Class::Control), gate.closed(Class::Memory)), (None, standing.memory));
+        drop(pass);
+        gate.close_or_leave(Reason::Reconfiguring, soon()).unwrap().release(Standing::OPEN);
+        assert_eq!(gate.closed(Class::Memory), None);
+    }
+    // What failed meanwhile stays failed.
+    let gate = open();
+    let pass = gate.enter(Class::Control).unwrap();
+    gate.fail();
+    thread::scope(|scope| {
+        let closer = scope.spawn(|| gate.close_or_leave(Reason::Reconfiguring, soon()).unwrap_err());
+        assert!(matches!(closer.join().unwrap(), CloseError::Gone(_)));
+    });
+    drop(pass);
+    assert_eq!(gate.closed(Class::Control), Some(Reason::Failed));
+}
+
 #[test]
 fn a_waiting_access_gets_the_passing_reason_at_its_deadline() {
     let gate = open();
