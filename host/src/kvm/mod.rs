@@ -30,7 +30,7 @@ pub enum KvmError {
     #[error("another thread's call about this file takes too long")]
     Busy,
     /// The descriptor, the file or the kernel does not do.
-    #[error("{what}")]
+    #[error("{what}: {errno}")]
     Refused { what: String, errno: Errno },
 }
 
@@ -110,7 +110,7 @@ impl Vm {
     /// Over the KVM device of type VFIO that the VMM has made itself. A duplicate will do.
     pub fn with_device(device: OwnedFd) -> Result<Self, KvmError> {
         kvm::is_vfio_device(device.as_fd()).map_err(|errno| KvmError::Refused {
-            what: format!("the descriptor is no KVM device of type VFIO: {errno}"),
+            what: "the descriptor is no KVM device of type VFIO".to_owned(),
             errno,
         })?;
         Ok(Self::over(Box::new(KvmVfioDevice(device))))
@@ -134,7 +134,7 @@ fn no_device(errno: Errno) -> String {
         Errno::NODEV => " (this kernel's KVM has no support for VFIO)",
         _ => "",
     };
-    format!("KVM_CREATE_DEVICE of type VFIO: {errno}{why}")
+    format!("KVM_CREATE_DEVICE of type VFIO{why}")
 }
 
 impl Handle {
@@ -146,6 +146,11 @@ impl Handle {
     /// Whether both are of one VM.
     pub fn is_same_vm(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.references, &other.references)
+    }
+
+    /// Whether no reference can be had any more.
+    pub fn has_ended(&self) -> bool {
+        self.references.has_ended()
     }
 
     /// Makes a group or a device file known to the VM, or counts one more user if it is.
@@ -167,5 +172,5 @@ fn not_added(errno: Errno) -> String {
         Errno::INVAL => " (no VFIO file, or a device file on a kernel before 6.6)",
         _ => "",
     };
-    format!("KVM_DEV_VFIO_FILE_ADD: {errno}{why}")
+    format!("KVM_DEV_VFIO_FILE_ADD{why}")
 }

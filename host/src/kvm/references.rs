@@ -133,6 +133,11 @@ impl<K: FileList> References<K> {
         Some(Holder(Arc::clone(self)))
     }
 
+    /// Whether nobody holds the VM, and nobody will.
+    pub fn has_ended(&self) -> bool {
+        self.holders.load(Ordering::Acquire) == 0
+    }
+
     /// A reference to `file`; the first one tells the VM of it. On an error nothing has changed. With `pins` it holds the VM as
     /// well, for as long as it lives.
     pub fn take(self: &Arc<Self>, file: &Arc<K::File>, pins: bool) -> Result<Reference<K>, Refused> {
@@ -253,13 +258,6 @@ impl<K: FileList> Drop for Holder<K> {
             fence(Ordering::Acquire);
             self.0.end();
         }
-    }
-}
-
-impl<K: FileList> Reference<K> {
-    /// Whose it is.
-    pub fn references(&self) -> &Arc<References<K>> {
-        &self.references
     }
 }
 
