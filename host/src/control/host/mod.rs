@@ -143,7 +143,7 @@ impl Host {
                 return Err(StartError::InDoubt { id, peer, explanation, folder });
             }
         }
-        let machine = Machine::build(&config)?;
+        let machine = Machine::build(&config, embedder.kvm())?;
         let vmm = embedder.vmm(&machine).map_err(StartError::Embedder)?;
         let listener = config.listen.map(incoming::listen).transpose()?;
         let here = listener.is_none();
