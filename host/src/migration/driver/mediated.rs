@@ -50,7 +50,7 @@ impl MediatedHost {
         let devices = self.devices.iter().filter(|other| !Arc::ptr_eq(other, device)).cloned().collect();
         let (memory, vmm) = (Arc::clone(&self.memory), Arc::clone(&self.vmm));
         let fresh = AtomicBool::new(self.fresh.load(Ordering::Acquire));
-        Self { devices, memory, vmm, fresh, sparse: self.sparse }
+        Self { devices, memory, vmm, fresh }
     }
 
     fn device(&self, index: usize) -> Result<&MediatedDevice> {
