@@ -11,12 +11,13 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
     BTreeMap::from([
         ("sys", &[][..]),
         ("memory", &["sys"][..]),
-        ("device", &["sys"][..]),
+        ("kvm", &["sys"][..]),
+        ("device", &["kvm", "sys"][..]),
         ("plugin", &["sys"][..]),
         ("mediation", &["plugin", "device", "memory", "sys"][..]),
         ("frontend", &["mediation", "plugin", "device", "memory", "sys"][..]),
         ("migration", &["mediation", "plugin", "device", "memory", "sys"][..]),
-        ("control", &["frontend", "migration", "mediation", "plugin", "device", "memory", "sys"][..]),
+        ("control", &["frontend", "migration", "mediation", "plugin", "device", "memory", "kvm", "sys"][..]),
     ])
 }
 

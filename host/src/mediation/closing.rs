@@ -20,7 +20,7 @@ impl MediatedDevice {
         self.report("ending its migration stream", self.end_streams());
         for index in self.shared.irqs.indices() {
             let off = IrqSet { index, start: 0, count: 0, action: IrqAction::Trigger, data: IrqData::None };
-            if index < self.own_irqs() {
+            if index < self.own_irqs() && !self.shared.watch.covers(index) {
                 self.report("disarming its interrupts", self.device().set_irqs(&off));
             }
             self.shared.irqs.clear(index);

@@ -4,15 +4,18 @@
 //! fd without owning it, or make a Rust reference to memory that a guest or a device can write.
 #![allow(unsafe_code)]
 
+mod blocking;
 mod eventfd;
 mod ioctl;
 pub mod iommufd;
 mod iospace;
+pub mod kvm;
 mod mapping;
 mod membarrier;
 mod memfd;
 mod pagemap;
 mod raw_fd;
+mod revocable;
 mod uffd;
 pub mod vfio;
 
@@ -25,4 +28,5 @@ pub use pagemap::Pagemap;
 #[cfg(all(test, not(loom)))]
 pub(crate) use pagemap::read_into;
 pub use raw_fd::duplicate;
+pub use revocable::{Faults, Revocable, RevocableError};
 pub use uffd::AsyncWriteProtect;

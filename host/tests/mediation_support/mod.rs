@@ -69,6 +69,7 @@ impl FakeDevice {
             subsystem_device_id: 2,
             class_code: 0x020000,
             revision: 0,
+            virtual_function: false,
             config: config.clone(),
         };
         Self {

@@ -8,6 +8,7 @@ mod bench;
 mod edu;
 mod generic;
 mod igbvf;
+pub mod kvm;
 mod migration;
 
 use std::fmt;

@@ -22,6 +22,7 @@ pub struct Mutation {
 const GATE: &str = "host/src/mediation/gate/mod.rs";
 const DIRTY_LOG: &str = "host/src/memory/dirty_log.rs";
 const ROSTER: &str = "host/src/plugin/roster.rs";
+const REFERENCES: &str = "host/src/kvm/references.rs";
 
 /// What loom says when nobody is left who could go on.
 const DEADLOCK: &str = "deadlock";
@@ -291,5 +292,69 @@ pub const MUTATIONS: &[Mutation] = &[
         broken: "inner.seats.iter().all(|seat| seat.life == Life::Registering)",
         model: "loom_shutting_down_waits_for_a_registration_that_had_begun",
         says: "roster.list().is_empty()",
+    },
+    // KVM references: a VM that has ended is never held again, a file is added once and deleted once, and before its file is closed.
+    Mutation {
+        name: "kvm-holds-what-has-ended",
+        file: REFERENCES,
+        within: "pub fn try_hold(",
+        key: "holders == 0",
+        broken: "false",
+        model: "loom_kvm_vm_exit_against_open_takes_all_or_nothing",
+        says: "",
+    },
+    Mutation {
+        name: "kvm-close-does-not-wait-for-the-end",
+        file: REFERENCES,
+        within: "fn leave(&self",
+        key: "return self.wait_ended(table);",
+        broken: "return;",
+        model: "loom_kvm_vm_exit_against_open_takes_all_or_nothing",
+        says: "closed, and KVM still has the file",
+    },
+    Mutation {
+        name: "kvm-end-in-silence",
+        file: REFERENCES,
+        within: "fn end(&self",
+        key: "self.changed.notify_all();",
+        broken: "",
+        model: "loom_kvm_closes_against_vm_exit_leave_nothing",
+        says: DEADLOCK,
+    },
+    Mutation {
+        name: "kvm-open-does-not-hold",
+        file: REFERENCES,
+        within: "pub fn take(self",
+        key: "pins.then_some(holder)",
+        broken: "{ drop(holder); None }",
+        model: "loom_kvm_a_pinned_vm_ends_with_its_last_device",
+        says: "",
+    },
+    Mutation {
+        name: "kvm-deletes-with-every-close",
+        file: REFERENCES,
+        within: "fn leave(&self",
+        key: "entry.users == 0",
+        broken: "true",
+        model: "loom_kvm_devices_of_one_file_add_it_once_and_delete_it_last",
+        says: "",
+    },
+    Mutation {
+        name: "kvm-opens-before-it-is-added",
+        file: REFERENCES,
+        within: "fn enter(&self",
+        key: "entry.life == Life::Added",
+        broken: "true",
+        model: "loom_kvm_a_second_open_of_a_file_waits_until_the_first_has_added_it",
+        says: "opened before KVM knew the file",
+    },
+    Mutation {
+        name: "gate-admits-before-it-has-seen",
+        file: GATE,
+        within: "fn count(",
+        key: "self.state.load(Ordering::Acquire) & class.mask()",
+        broken: "self.state.load(Ordering::Relaxed) & class.mask()",
+        model: "loom_gate_no_access_before_the_bind_completes",
+        says: "an access before the bind",
     },
 ];

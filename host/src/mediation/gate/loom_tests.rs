@@ -174,3 +174,24 @@ fn loom_gate_disabled_memory_is_never_reached() {
         assert!(model.gate.enter_at(1, Class::Control).is_ok());
     });
 }
+
+/// Opening is many relaxed stores and one release; whoever is admitted has seen them all, whoever is not is refused with EINVAL.
+/// spec: KVM-10 GATE-4
+#[test]
+fn loom_gate_no_access_before_the_bind_completes() {
+    loom::model(|| {
+        let gate = Gate::new(Reason::NotBound);
+        let model = Arc::new(Modelled { gate, alone: AtomicU32::new(0), inside: AtomicU32::new(0) });
+        let bound = Arc::new(AtomicU32::new(0));
+        let (other, published) = (model.clone(), bound.clone());
+        let reader = thread::spawn(move || match other.gate.enter_at(0, Class::Control) {
+            Ok(_pass) => assert_eq!(published.load(Ordering::Relaxed), 1, "an access before the bind"),
+            Err(closed) => assert_eq!(closed.reason.errno(), rustix::io::Errno::INVAL),
+        });
+        let turn = model.gate.close_as(Reason::NotBound, some_day(), Late::Fail).expect("a turn");
+        bound.store(1, Ordering::Relaxed);
+        turn.release(Standing::OPEN);
+        reader.join().unwrap();
+        assert!(access(&model, 1));
+    });
+}
