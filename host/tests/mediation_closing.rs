@@ -125,3 +125,26 @@ fn the_plug_ins_log_is_stopped_before_it_is_closed() {
     assert!(device.logging.as_ref().unwrap().started.lock().unwrap().is_none());
     assert!(device.maps.lock().unwrap().is_empty());
 }
+
+/// spec: OPEN-2
+#[test]
+fn an_open_that_fails_at_any_step_leaves_nothing_started() {
+    let open = |faults: &Arc<FaultPlan>| {
+        let device = stateful(faults);
+        let opened = MediatedDevice::open(device.clone(), &Registry::new(), space());
+        (device, opened)
+    };
+    let counted = FaultPlan::none();
+    let (_device, opened) = open(&counted);
+    let steps = counted.steps();
+    drop(opened.unwrap());
+    for step in 0..steps {
+        let (device, opened) = open(&FaultPlan::at(step, Fault::Errno(rustix::io::Errno::IO)));
+        let name = counted.trace()[step as usize];
+        if opened.is_err() {
+            assert_nothing_started(&device, name);
+        }
+        drop(opened);
+        assert_nothing_started(&device, name);
+    }
+}
