@@ -3,13 +3,21 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::io::Errno;
+use vfio_mediate::control::config::{DeviceConfig, Draft, OpenBy};
+use vfio_mediate::control::host::{Embedder, Host, NoGuest};
+use vfio_mediate::control::machine;
+use vfio_mediate::control::units::ByteSize;
 use vfio_mediate::device::vfio::sysfs::Sysfs;
 use vfio_mediate::device::vfio::{Options, VfioDevice};
 use vfio_mediate::device::{Backend, CONFIG_REGION, Device, DeviceError};
 use vfio_mediate::kvm::{Handle, Vm};
+use vfio_mediate::mediation::VmmPort;
+use vfio_mediate::migration::cause::{Phase, Role};
 use vfio_mediate::sys::{duplicate, kvm, vfio};
 
 use super::{Line, Verdict};
@@ -41,6 +49,7 @@ const CASES: &[(&str, Run)] = &[
     ("a VM that has ended is refused, and the device opens without one", ended),
     ("a device that was opened without a VM keeps none", nobody_asked),
     ("no access before the bind is complete", not_bound),
+    ("a host opens its devices for its embedder's VM", whole_host),
 ];
 
 /// Runs every case on the device `name`, and returns the number of failures.
@@ -133,6 +142,7 @@ fn works(device: &VfioDevice) -> Result<()> {
     Ok(())
 }
 
+/// spec: KVM-3, KVM-7
 fn known_while_open(opener: Opener<'_>) -> Result<()> {
     let machine = Machine::new()?;
     let vm = machine.vm()?;
@@ -159,12 +169,13 @@ fn one_device_per_vm(opener: Opener<'_>) -> Result<()> {
     ensure!(error.errno() == Errno::BUSY, "{error}");
     works(&opener.open(Some(vm.handle()))?)?;
     // Something that is no VFIO file is refused by name of the call.
-    let null = std::sync::Arc::new(OwnedFd::from(File::open("/dev/null")?));
+    let null = Arc::new(OwnedFd::from(File::open("/dev/null")?));
     let error = vm.handle().take(&null).err().context("KVM took /dev/null")?;
     ensure!(error.errno() == Errno::INVAL && error.to_string().contains("KVM_DEV_VFIO_FILE_ADD"), "{error}");
     Ok(())
 }
 
+/// spec: KVM-4
 fn vm_exits(opener: Opener<'_>) -> Result<()> {
     let before = vms()?;
     let machine = Machine::new()?;
@@ -175,6 +186,7 @@ fn vm_exits(opener: Opener<'_>) -> Result<()> {
     drop(vm);
     ensure!(!machine.knows(file.as_fd())?, "the VM has exited, and KVM knows the file still");
     drop((machine, file));
+    ensure!(vms()? == before + 1, "the kernel's own reference to the VM is gone");
     works(&device)?;
     device.reset().or_else(|error| if error.errno == Errno::NOTTY { Ok(()) } else { Err(error) })?;
     works(&device)?;
@@ -201,6 +213,7 @@ fn vm_fd_is_closed(opener: Opener<'_>) -> Result<()> {
     Ok(())
 }
 
+/// spec: KVM-4
 fn pinned(opener: Opener<'_>) -> Result<()> {
     let before = vms()?;
     let machine = Machine::new()?;
@@ -216,6 +229,7 @@ fn pinned(opener: Opener<'_>) -> Result<()> {
     Ok(())
 }
 
+/// spec: KVM-1
 fn ended(opener: Opener<'_>) -> Result<()> {
     let machine = Machine::new()?;
     let vm = machine.vm()?;
@@ -228,6 +242,7 @@ fn ended(opener: Opener<'_>) -> Result<()> {
     works(&opener.open(None)?)
 }
 
+/// spec: KVM-4
 fn nobody_asked(opener: Opener<'_>) -> Result<()> {
     let before = vms()?;
     let machine = Machine::new()?;
@@ -240,6 +255,7 @@ fn nobody_asked(opener: Opener<'_>) -> Result<()> {
 }
 
 /// By cdev the device's own fd refuses everything; by group there is no device before the group is whole.
+/// spec: KVM-10
 fn not_bound(opener: Opener<'_>) -> Result<()> {
     let node = File::options().read(true).write(true).open(opener.node()?)?;
     match opener.backend {
@@ -260,6 +276,54 @@ fn not_bound(opener: Opener<'_>) -> Result<()> {
     }
     drop(node);
     works(&opener.open(None)?)
+}
+
+/// An embedder whose VM is KVM's, and ends while its host goes on.
+struct Program(Mutex<Option<Vm>>);
+
+impl Program {
+    fn vm(&self) -> MutexGuard<'_, Option<Vm>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Embedder for Program {
+    fn kvm(&self) -> Option<Handle> {
+        self.vm().as_ref().map(Vm::handle)
+    }
+
+    fn vmm(&self, machine: &machine::Machine) -> Result<Arc<dyn VmmPort>, String> {
+        NoGuest.vmm(machine)
+    }
+
+    fn phase(&self, _: Role, _: Phase) {}
+
+    fn running(&self) {}
+
+    fn gone(&self) {}
+}
+
+/// spec: KVM-11
+fn whole_host(opener: Opener<'_>) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let open = if opener.backend == Backend::VfioCdev { OpenBy::Cdev } else { OpenBy::Group };
+    let mut draft = Draft {
+        memory: Some(ByteSize(1 << 20)),
+        control_socket: Some(folder.path().join("control")),
+        state_dir: Some(folder.path().join("state")),
+        ..Draft::default()
+    };
+    draft.devices.push(DeviceConfig { name: format!("vfio:{}", opener.name).parse()?, open, vf_token: None });
+    let machine = Machine::new()?;
+    let program = Arc::new(Program(Mutex::new(Some(machine.vm()?))));
+    let host = Host::start(draft.finish()?, program.clone())?;
+    let file = opener.file()?.context("its file is not among the descriptors")?;
+    ensure!(machine.knows(file.as_fd())?, "the host has opened it, and KVM does not know it");
+    let vm = program.vm().take();
+    drop(vm);
+    ensure!(!machine.knows(file.as_fd())?, "the VM has exited, and KVM knows the file still");
+    drop(file);
+    host.stop(Instant::now() + Duration::from_secs(10)).map_err(|failure| anyhow::anyhow!("{failure:?}"))
 }
 
 /// Whether this machine has what the cases need.

@@ -134,7 +134,7 @@ exit $code";
         about: "KVM learns of a device's file and lets it go, by group and by cdev; VMs exit while devices are open",
         machine,
         pair: false,
-        least_ok: 32,
+        least_ok: 36,
     }
 }
 
