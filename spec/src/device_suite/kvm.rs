@@ -3,10 +3,10 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::io::Errno;
 use vfio_mediate::control::config::{DeviceConfig, Draft, OpenBy};
 use vfio_mediate::control::host::{Embedder, Host, NoGuest};
@@ -24,6 +24,9 @@ use super::{Line, Verdict};
 
 /// A directory for each VM that exists; one whose last user goes vanishes from it.
 const VMS: &str = "/sys/kernel/debug/kvm";
+
+/// Rounds of a race. Under emulation each takes some 10 ms.
+const RACES: u32 = 40;
 
 /// A device that is opened by these cases.
 #[derive(Debug, Clone, Copy)]
@@ -48,6 +51,7 @@ const CASES: &[(&str, Run)] = &[
     ("a pinning device keeps the VM until it is closed", pinned),
     ("a VM that has ended is refused, and the device opens without one", ended),
     ("a device that was opened without a VM keeps none", nobody_asked),
+    ("VM exit against open, in a race", race),
     ("no access before the bind is complete", not_bound),
     ("a host opens its devices for its embedder's VM", whole_host),
 ];
@@ -65,12 +69,29 @@ pub fn run(name: &str, backend: Backend, filter: &str, mut report: impl FnMut(&L
     Ok(failures)
 }
 
+/// The case of two devices of one group: as [`run`], and nothing for devices of two groups.
+pub fn run_pair(one: &str, other: &str, backend: Backend, mut report: impl FnMut(&Line<'_>)) -> Result<usize> {
+    let sysfs = Sysfs::default();
+    if sysfs.group(one)?.context("no group")? != sysfs.group(other)?.context("no group")? {
+        return Ok(0);
+    }
+    let (one, other) = (Opener { name: one, backend }, Opener { name: other, backend });
+    let identity = one.open(None)?.identity().clone();
+    let verdict = Verdict::of(one_group(one, other).and_then(|()| one.is_closed()).and_then(|()| other.is_closed()));
+    let case = "devices of one group: KVM learns of the group once, of each cdev for itself";
+    report(&Line { identity: &identity, case, verdict: &verdict });
+    Ok(usize::from(verdict.is_failure()))
+}
+
 impl Opener<'_> {
     fn open(self, vm: Option<Handle>) -> Result<VfioDevice, DeviceError> {
-        let options = Options { kvm: vm, ..Options::default() };
+        self.open_with(&Options { kvm: vm, ..Options::default() })
+    }
+
+    fn open_with(self, options: &Options) -> Result<VfioDevice, DeviceError> {
         match self.backend {
-            Backend::VfioCdev => VfioDevice::open_cdev(self.name, &options),
-            Backend::VfioGroup | Backend::Sim => VfioDevice::open_group(self.name, &options),
+            Backend::VfioCdev => VfioDevice::open_cdev(self.name, options),
+            Backend::VfioGroup | Backend::Sim => VfioDevice::open_group(self.name, options),
         }
     }
 
@@ -175,6 +196,35 @@ fn one_device_per_vm(opener: Opener<'_>) -> Result<()> {
     Ok(())
 }
 
+/// spec: KVM-3, KVM-9
+fn one_group(one: Opener<'_>, other: Opener<'_>) -> Result<()> {
+    let by_group = one.backend != Backend::VfioCdev;
+    let (machine, stranger) = (Machine::new()?, Machine::new()?);
+    let (vm, strange_vm) = (machine.vm()?, stranger.vm()?);
+    for one_goes_first in [true, false] {
+        let first = one.open(Some(vm.handle()))?;
+        let shared = Options { iommu: Some(Arc::clone(first.iommu())), ..Options::default() };
+        if by_group {
+            let error = other.open_with(&Options { kvm: Some(strange_vm.handle()), ..shared.clone() });
+            let error = error.err().context("the group was made known to two VMs")?;
+            ensure!(error.errno == Errno::INVAL && error.to_string().contains("another VM"), "{error}");
+        }
+        let second = other.open_with(&Options { kvm: Some(vm.handle()), ..shared })?;
+        let missing = "a file is not among the descriptors";
+        let files = [one.file()?.context(missing)?, other.file()?.context(missing)?];
+        let known = || Ok::<_, anyhow::Error>([machine.knows(files[0].as_fd())?, machine.knows(files[1].as_fd())?]);
+        ensure!(known()? == [true, true], "open, and KVM does not know them: {:?}", known()?);
+        let (leaving, staying) = if one_goes_first { (first, second) } else { (second, first) };
+        drop(leaving);
+        let expected = [by_group || !one_goes_first, by_group || one_goes_first];
+        ensure!(known()? == expected, "one has been closed: {:?}", known()?);
+        works(&staying)?;
+        drop(staying);
+        ensure!(known()? == [false, false], "closed, and KVM knows them still: {:?}", known()?);
+    }
+    Ok(())
+}
+
 /// spec: KVM-4
 fn vm_exits(opener: Opener<'_>) -> Result<()> {
     let before = vms()?;
@@ -252,6 +302,40 @@ fn nobody_asked(opener: Opener<'_>) -> Result<()> {
     drop((vm, machine));
     ensure!(vms()? == before, "the open device keeps a VM that it was not opened for");
     works(&device)
+}
+
+/// Wherever the exit meets the open, both end, and nothing is left.
+/// spec: KVM-1, KVM-2
+fn race(opener: Opener<'_>) -> Result<()> {
+    let before = vms()?;
+    let (mut opened, mut refused) = (0, 0);
+    for round in 0..RACES {
+        let machine = Machine::new()?;
+        let vm = machine.vm()?;
+        let handle = if round % 2 == 0 { vm.handle() } else { vm.handle().pinning() };
+        let begin = Barrier::new(2);
+        let outcome = std::thread::scope(|scope| {
+            let opening = scope.spawn(|| {
+                begin.wait();
+                opener.open(Some(handle)).and_then(|device| device.region_read(CONFIG_REGION, 0, &mut [0; 4]))
+            });
+            begin.wait();
+            // Later from round to round, so that it meets each step.
+            (0..round * 8).for_each(|_| std::hint::spin_loop());
+            drop(vm);
+            opening.join()
+        });
+        match outcome {
+            Ok(Ok(())) => opened += 1,
+            Ok(Err(error)) if error.errno == Errno::NODEV => refused += 1,
+            Ok(Err(error)) => return Err(error.into()),
+            Err(_) => bail!("the opening thread panicked"),
+        }
+        drop(machine);
+        ensure!(vms()? == before, "round {round}: the VM is there after all has been closed");
+    }
+    ensure!(opened + refused == RACES, "{opened} opened, {refused} refused");
+    Ok(())
 }
 
 /// By cdev the device's own fd refuses everything; by group there is no device before the group is whole.
