@@ -138,7 +138,7 @@ fn an_mmap_hook_gives_a_file_in_place_of_the_claimed_pages() {
     .unwrap();
     let mapping = mediated.region_map(0, 2 * PAGE, PAGE).unwrap();
     let mut data = [0; 8];
-    mapping.read(0, &mut data).unwrap();
+    mapping.read(&mediated, 0, &mut data).unwrap();
     assert_eq!(&data, b"stand-in");
     assert_eq!(mediated.region_map(0, 8 * PAGE, PAGE).unwrap_err().errno(), Errno::NODEV);
     let areas = match &mediated.region_info(0).unwrap().capabilities[..] {
@@ -171,7 +171,7 @@ fn an_extra_regions_whole_pages_are_mapped_from_its_file() {
     let sparse = RegionCapability::SparseMmap(vec![Area { offset: 0, length: 2 * PAGE }]);
     assert!(info.capabilities.contains(&sparse), "the last byte is no whole page: {info:?}");
     let mut data = [0; 6];
-    mediated.region_map(index, 0, 2 * PAGE).unwrap().read(0, &mut data).unwrap();
+    mediated.region_map(index, 0, 2 * PAGE).unwrap().read(&mediated, 0, &mut data).unwrap();
     assert_eq!(&data, b"behind");
     for (offset, length) in [(PAGE, 2 * PAGE), (2 * PAGE, PAGE), (3 * PAGE, PAGE)] {
         assert_eq!(mediated.region_map(index, offset, length).unwrap_err().errno(), Errno::NODEV);

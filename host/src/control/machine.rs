@@ -15,9 +15,6 @@ use crate::mediation::{MediatedDevice, MediationError};
 use crate::memory::{AddressSpace, GuestRam, IovaMapping, MemoryError, PAGE_SIZE};
 use crate::plugin::{Library, Limits, LoadError, RegisterError, Registry, UnregisterError};
 
-/// Devices that one plug-in may have open in one host.
-const DEVICES_OF_A_PLUGIN_MAX: u32 = 256;
-
 /// A machine that could not be put together, shaped by what the operator mends.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -50,12 +47,12 @@ impl Machine {
     /// `kvm`: the VM that is to know the devices' files.
     pub fn build(config: &Config, kvm: Option<kvm::Handle>) -> Result<Self, MachineError> {
         let registry = Registry::new();
-        for path in &config.plugins {
-            let library = Library::open(path)?;
+        for plugin in &config.plugins {
+            let library = Library::open(&plugin.path)?;
             if library.panic_aborts() {
                 tracing::warn!(plugin = library.name(), "was built with panic=abort: a panic in it ends this host");
             }
-            registry.register(library, Limits { devices_max: DEVICES_OF_A_PLUGIN_MAX })?;
+            registry.register(library, Limits { devices_max: plugin.devices_max })?;
         }
         let memory = AddressSpace::new(GuestRam::new(config.memory.bytes())?);
         // Dropped on an error, it lets go of what is open by then.

@@ -31,6 +31,9 @@ pub struct Identity {
     /// Base class, subclass and programming interface in bits 23:0
     pub class_code: u32,
     pub revision: u8,
+    /// An SR-IOV VF. Its COMMAND.MEMORY is no bit of the bus: its memory is governed by its PF's VF MSE, and the bit that the
+    /// kernel shows in its place is virtual.
+    pub virtual_function: bool,
     /// The first 256 bytes (or as many as there are) of configuration space, as they were at open
     pub config: Vec<u8>,
 }

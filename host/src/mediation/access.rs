@@ -9,6 +9,7 @@ use super::config::Permission;
 use super::device::MediatedDevice;
 use super::error::{Access, MediationError, Result, boxed, unboxed};
 use super::gate::{Class, Reason};
+use super::lock;
 use super::low_power::Asleep;
 use super::mediator::{HostCalls, Mediator, Origin, Verdict};
 use super::tables::{Region, first_piece};
@@ -253,6 +254,9 @@ impl MediatedDevice {
         drop(self.enter(Class::Control)?);
         let deadline = Instant::now() + self.limits.access_wait.max(self.limits.drain);
         let done = self.alone_if(Asleep::AsAccess, Reason::Reconfiguring, deadline, || {
+            if lock(&self.condition).disables(self.shared.filter.power(), offset, data) {
+                self.revoke_maps()?;
+            }
             let written = self.config_write_in(offset, data);
             self.look_at_command().and(written)
         });

@@ -8,7 +8,7 @@ use vfio_mediate_sdk::abi;
 use vfio_mediate_sdk::state::DeviceState;
 
 use super::calls::{Task, borrowed};
-use super::config::{COMMAND, COMMAND_MASTER, COMMAND_MEMORY};
+use super::config::{COMMAND, COMMAND_MASTER, COMMAND_MEMORY, POWER_STATE};
 use super::device::MediatedDevice;
 use super::error::{MediationError, Result};
 use super::gate::{Class, CloseError, Reason};
@@ -43,6 +43,7 @@ impl MediatedDevice {
 
     pub(super) fn reset_in(&self, _token: &lane::Token<'_>) -> Result<()> {
         self.alone(Reason::Resetting, self.drain_deadline(), || {
+            self.revoke_maps()?;
             self.event(abi::EVENT_RESET_PREPARE, [0; 3])?;
             let reset = self.device().reset().inspect_err(|error| {
                 if error.kind == ErrorKind::Lost {
@@ -73,6 +74,9 @@ impl MediatedDevice {
             self.reset_in(&token)?;
         }
         self.alone(Reason::Resetting, deadline, || {
+            if lock(&self.condition).disables(self.shared.filter.power(), COMMAND, &command.to_le_bytes()) {
+                self.revoke_maps()?;
+            }
             self.device().region_write(CONFIG_REGION, COMMAND, &command.to_le_bytes())?;
             self.look_at_command()?;
             self.arm_again()
@@ -83,7 +87,7 @@ impl MediatedDevice {
 
     fn arm_again(&self) -> Result<()> {
         for Armed { index, start, fds } in self.shared.irqs.armed() {
-            if index < self.own_irqs() {
+            if index < self.own_irqs() && !self.shared.watch.covers(index) {
                 let fds = borrowed(&fds);
                 let (action, data) = (IrqAction::Trigger, IrqData::EventFd(&fds));
                 let count = fds.len() as u32;
@@ -101,7 +105,8 @@ impl MediatedDevice {
             let before = condition.command;
             condition.command = command;
             condition.low_power = low_power;
-            condition.has_memory_enable |= command & COMMAND_MEMORY != 0;
+            // The bus has no such bit for a VF; what a driver shows there is its own.
+            condition.has_memory_enable |= command & COMMAND_MEMORY != 0 && !self.identity().virtual_function;
             before
         };
         if (before ^ command) & COMMAND_MASTER != 0 {
@@ -116,6 +121,7 @@ impl MediatedDevice {
             return Ok(());
         }
         self.alone(Reason::TableSwap, self.drain_deadline(), || {
+            self.revoke_trapped(map)?;
             self.tables.select(map);
             Ok(())
         })
@@ -207,5 +213,5 @@ fn read_command(mediated: &MediatedDevice) -> Result<(u16, bool)> {
     if let Some(offset) = mediated.shared.filter.power() {
         mediated.device().region_read(CONFIG_REGION, offset, &mut power)?;
     }
-    Ok((u16::from_le_bytes(command), power[0] & 0b11 != 0))
+    Ok((u16::from_le_bytes(command), power[0] & POWER_STATE != 0))
 }

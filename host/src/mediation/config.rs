@@ -30,6 +30,8 @@ use crate::device::Identity;
 pub const COMMAND: u64 = 0x04;
 pub const COMMAND_MEMORY: u16 = 1 << 1;
 pub const COMMAND_MASTER: u16 = 1 << 2;
+/// Of PMCSR's lower byte; 0: D0
+pub const POWER_STATE: u8 = 0b11;
 const COMMAND_WRITABLE: u16 = 0x0547;
 const STATUS_CLEARED_BY_ONE: u16 = 0xf900;
 const HEADER: usize = 0x40;

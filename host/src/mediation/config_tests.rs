@@ -10,6 +10,7 @@ fn filter(config: Vec<u8>, extended: &[u8]) -> ConfigFilter {
         subsystem_vendor_id: 0,
         subsystem_device_id: 0,
         class_code: 0,
+        virtual_function: false,
         revision: 0,
         config,
     };

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use vfio_mediate_sdk::state::DeviceState;
 
 use super::calls::Shared;
+use super::config::{COMMAND, COMMAND_MEMORY, POWER_STATE};
 use super::error::Result;
 use super::gate::{Class, CloseError, Exclusive, GateClosed, Pass, Reason, Standing};
 use super::lane::Lane;
 use super::layout;
 use super::low_power::{Asleep, Entered};
+use super::maps::Maps;
 use super::mediator::{CallFrame, Event, Mediator, Origin, PluginSummary, TrapMap};
 use super::state::Streams;
 use super::tables::Tables;
@@ -45,13 +47,22 @@ pub(super) struct Condition {
     pub(super) low_power: bool,
     /// The device may be suspended: nothing reaches it
     pub(super) entered: Option<Entered>,
-    /// COMMAND's memory bit has been seen set: a function that cannot set it (a VF on the bus) is never gated by it
+    /// COMMAND's memory bit has been seen set: a function that cannot set it is never gated by it; nor is a VF, whose bit is
+    /// not on the bus (its PF's VF MSE enables its memory)
     pub(super) has_memory_enable: bool,
 }
 
 impl Condition {
+    /// Whether a write to configuration space leaves memory disabled. `power`: where PMCSR is.
+    pub(super) fn disables(&self, power: Option<u64>, offset: u64, data: &[u8]) -> bool {
+        let byte = |at: u64| at.checked_sub(offset).and_then(|at| data.get(usize::try_from(at).ok()?).copied());
+        let command = byte(COMMAND).is_some_and(|low| u16::from(low) & COMMAND_MEMORY == 0);
+        let asleep = power.and_then(byte).is_some_and(|low| low & POWER_STATE != 0);
+        asleep || (command && self.has_memory_enable)
+    }
+
     pub(super) fn standing(&self) -> Standing {
-        let disabled = self.low_power || (self.has_memory_enable && self.command & super::config::COMMAND_MEMORY == 0);
+        let disabled = self.low_power || (self.has_memory_enable && self.command & COMMAND_MEMORY == 0);
         let memory = match (self.state.is_running(), disabled) {
             (false, _) => Some(Reason::Stopped),
             (true, true) => Some(Reason::MemoryDisabled),
@@ -86,6 +97,7 @@ pub struct MediatedDevice {
     /// Areas of each own region that a client may map, ascending
     pub(super) mappable: Vec<Vec<Area>>,
     pub(super) stand_ins: Vec<StandIn>,
+    pub(super) maps: Maps,
     pub(super) condition: Mutex<Condition>,
     pub(super) streams: Mutex<Streams>,
     pub(super) tracking: Mutex<Option<Active>>,
@@ -208,7 +220,7 @@ impl MediatedDevice {
             }
         })?;
         let done = self.settle(asleep).and_then(|()| work());
-        turn.release(lock(&self.condition).standing());
+        self.release(turn);
         done
     }
 
@@ -242,6 +254,32 @@ impl MediatedDevice {
         }
     }
 
+    /// Lets go of the device as far as those can who do not hold it alone: it is resumed, and from here on refuses everything
+    /// (ENODEV) for good. It is closed when the last reference goes.
+    pub fn let_go(&self) {
+        self.shared.cancel.store(true, Ordering::Release);
+        self.shut();
+        self.shared.cancel.store(false, Ordering::Release);
+    }
+
+    /// For good. The second time nothing is left to do.
+    fn shut(&self) {
+        let turn = self.shared.gate.close(Reason::Closed, self.drain_deadline());
+        if turn.is_ok() {
+            // The plug-in's last call still reaches the device.
+            match self.settle(Asleep::Resume) {
+                Ok(()) => self.shared.watch.disarm(self.device()),
+                Err(error) => {
+                    tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
+                }
+            }
+        }
+        self.end_maps();
+        if let Ok(turn) = turn {
+            turn.release(Standing { everything: Some(Reason::Closed), memory: None });
+        }
+    }
+
     pub(super) fn mappable(&self, region: u32) -> &[Area] {
         self.mappable.get(region as usize).map_or(&[], |areas| areas)
     }
@@ -257,15 +295,10 @@ impl Drop for MediatedDevice {
         shared.cancel.store(true, Ordering::Release);
         shared.timers.stop();
         shared.irqs.stop();
-        // Nothing is in flight: every call borrows the device, and both threads are gone or are this one. A forgotten
-        // pass would fail the gate, which refuses everything too.
-        if let Ok(turn) = shared.gate.close(Reason::Closed, self.drain_deadline()) {
-            // The plug-in's last call still reaches the device.
-            if let Err(error) = self.settle(Asleep::Resume) {
-                tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
-            }
-            turn.release(Standing { everything: Some(Reason::Closed), memory: None });
-        }
+        shared.watch.stop();
+        // Nothing is in flight: every call borrows the device, and its threads are gone or are this one. A forgotten pass
+        // would fail the gate, which refuses everything too.
+        self.shut();
         shared.cancel.store(false, Ordering::Release);
         // Before the services go, which take the device's maps away.
         self.plugin = None;

@@ -1,8 +1,5 @@
 //! What a client is told of regions and irqs, mappings, and SET_IRQS.
 
-use std::os::fd::AsFd;
-use std::sync::Arc;
-
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::VFIO_REGION_INFO_FLAG_MMAP;
 use vfio_mediate_sdk::abi;
@@ -10,10 +7,9 @@ use vfio_mediate_sdk::abi;
 use super::device::MediatedDevice;
 use super::error::{MediationError, Result};
 use super::gate::Class;
+use super::lock;
 use super::mediator::{HostCalls, Mediator, Origin, Verdict};
-use super::{layout, lock};
 use crate::device::{Area, IrqData, IrqInfo, IrqSet, RegionCapability, RegionInfo};
-use crate::sys::Mapping;
 
 impl MediatedDevice {
     /// The device's own, narrowed by hooks, with the areas that may be mapped: never a claimed byte. EINVAL beyond the last
@@ -51,24 +47,6 @@ impl MediatedDevice {
         let info = abi::RegionInfo { struct_size: 0, index, flags: extra.flags, reserved: 0, size: extra.size };
         let stand_ins = self.stand_ins.iter().filter(|stand_in| stand_in.region == index);
         Ok(with_areas(&own, &info, stand_ins.map(|stand_in| stand_in.area).collect()))
-    }
-
-    /// Maps part of a region into this process: whole areas of [`Self::region_info`] only. ENODEV where nothing may be
-    /// mapped.
-    pub fn region_map(&self, index: u32, offset: u64, length: u64) -> Result<Arc<Mapping>> {
-        let wanted = Area { offset, length };
-        self.with_pass(Class::Memory, || {
-            if layout::contains(self.mappable(index), wanted) {
-                return Ok(self.device().region_map(index, offset, length)?);
-            }
-            let Some(stand_in) = self.stand_in(index, wanted) else {
-                let what = format!("mapping {length:#x} bytes at {offset:#x} of region {index}");
-                return Err(MediationError::refused(what, Errno::NODEV));
-            };
-            let from = stand_in.fd_offset + (offset - stand_in.area.offset);
-            let map = Mapping::new(stand_in.fd.as_fd(), from, length);
-            map.map(Arc::new).map_err(|error| MediationError::PluginFault { what: error.to_string() })
-        })
     }
 
     /// As the device's own, narrowed by hooks.

@@ -66,7 +66,7 @@ impl MediatedDevice {
             // For a passing reason: who comes meanwhile learns at the end whether the device sleeps.
             let turn = self.shared.gate.close_or_leave(Reason::Reconfiguring, deadline)?;
             let done = if self.shared.gate.wants_attention() { None } else { Some(self.fall_asleep(wakeup)) };
-            turn.release(lock(&self.condition).standing());
+            self.release(turn);
             if let Some(done) = done {
                 return done;
             }
@@ -84,17 +84,15 @@ impl MediatedDevice {
         }
         // While it may still reach the device.
         self.tell(abi::EVENT_POWER, [1, 0, 0]);
-        self.revoke_for_low_power();
-        let entered = self.device().low_power_entry(wakeup);
+        let entered = self.revoke_maps().and_then(|()| Ok(self.device().low_power_entry(wakeup)?));
         match entered {
             Ok(()) => {
                 lock(&self.condition).entered = Some(Entered { wakeup: wakeup.is_some() });
                 Ok(())
             }
             Err(error) => {
-                self.restore_after_low_power();
                 self.tell(abi::EVENT_POWER, [0; 3]);
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -149,7 +147,7 @@ impl MediatedDevice {
         match self.shared.gate.close_or_leave(Reason::Reconfiguring, deadline) {
             Ok(turn) => {
                 let awake = self.settle(asleep);
-                turn.release(lock(&self.condition).standing());
+                self.release(turn);
                 awake
             }
             // With passes in flight it is awake: somebody was faster.
@@ -174,15 +172,8 @@ impl MediatedDevice {
             }
         })?;
         lock(&self.condition).entered = None;
-        self.restore_after_low_power();
         let seen = self.look_at_command();
         self.tell(abi::EVENT_POWER, [0; 3]);
         seen
     }
-
-    /// The seam to the revocation of mappings: called alone, before the device may be suspended.
-    fn revoke_for_low_power(&self) {}
-
-    /// The seam to the revocation of mappings: called alone, with the device awake.
-    fn restore_after_low_power(&self) {}
 }

@@ -35,6 +35,7 @@ mod lane;
 mod layout;
 mod loaded;
 mod low_power;
+mod maps;
 pub mod mediator;
 mod open;
 mod scratch;
@@ -44,13 +45,18 @@ mod tables;
 mod timers;
 mod tracking;
 mod vmm;
+mod watch;
 
 pub use device::{Limits, MediatedDevice};
 pub use error::{MediationError, Refusal, Remedy, Result, StateError};
 pub use low_power::Entered;
+pub use maps::{MapOptions, RegionMap};
 pub use mediator::{Exactness, PluginSummary, Remaining, Saved};
 pub use tracking::Tracking;
 pub use vmm::{VmmError, VmmPort};
+pub use watch::{Notice, Observer};
+
+pub use crate::sys::Faults;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -15,6 +15,7 @@ use super::error::{MediationError, Result};
 use super::gate::{Gate, Reason};
 use super::lane::Lane;
 use super::layout;
+use super::maps::Maps;
 use super::mediator::{Claim, HostCalls, Mediator, MmapAnswer, Origin};
 use super::tables::Tables;
 use crate::device::{Area, Backend, CONFIG_REGION, Device, ErrorKind, RegionInfo};
@@ -51,6 +52,7 @@ impl MediatedDevice {
         let sizes: Vec<u64> = shared.regions.iter().map(|info| info.as_ref().map_or(0, |info| info.size)).collect();
         let tables = Tables::new(claims, &sizes)?;
         let mappable = mappable(&shared.regions, claims)?;
+        let maps = Maps::new(&shared.regions, claims)?;
         if let Some(plugin) = &plugin {
             check_irqs(&**plugin, &shared)?;
         }
@@ -63,6 +65,7 @@ impl MediatedDevice {
             tables,
             mappable,
             stand_ins: Vec::new(),
+            maps,
             condition: Mutex::new(Condition {
                 state: DeviceState::Running,
                 command: 0,
@@ -99,6 +102,13 @@ impl MediatedDevice {
             shared.irqs.start(fired).map_err(|errno| MediationError::refused("starting the irq thread", errno))?;
         }
         let _first = shared.interposed.set(interposed);
+        shared.watch.arm(self.device(), &shared.irq_infos)?;
+        let owner = Arc::downgrade(self);
+        shared.watch.start(move |index| {
+            if let Some(owner) = owner.upgrade() {
+                owner.line_fired(index);
+            }
+        })?;
         self.alone(Reason::NotBound, self.drain_deadline(), || self.look_at_command())?;
         let _first = shared.owner.set(Arc::downgrade(self));
         self.attend();
@@ -218,7 +228,7 @@ fn extended_config(device: &dyn Device, regions: &[Option<RegionInfo>]) -> Vec<u
 }
 
 /// Per region, what a client may map: the device's areas minus every claim of either map.
-fn mappable(regions: &[Option<RegionInfo>], claims: &[Claim]) -> Result<Vec<Vec<Area>>> {
+pub(super) fn mappable(regions: &[Option<RegionInfo>], claims: &[Claim]) -> Result<Vec<Vec<Area>>> {
     let mut all = Vec::new();
     for (index, info) in regions.iter().enumerate() {
         let Some(info) = info else {

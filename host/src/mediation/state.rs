@@ -133,6 +133,9 @@ impl MediatedDevice {
             // Bad or short data fail the arc before anything of the device moves.
             lock(&self.streams).load.as_ref().map_or(Ok(()), Loader::finish)?;
         }
+        if !to.is_running() {
+            self.revoke_maps()?;
+        }
         let moved = self.move_parts(backing, from, to, deadline);
         let now = match &moved {
             Ok(()) => to,

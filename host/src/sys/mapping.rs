@@ -3,7 +3,9 @@
 //! A [`Mapping`] is only ever read and written through raw pointers, since a guest, a device or another process may
 //! write it at any time: no Rust reference to its bytes exists.
 
+use std::mem::ManuallyDrop;
 use std::os::fd::AsFd;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -50,6 +52,17 @@ impl Mapping {
     /// The first byte's address in this process, for system calls that take one (DMA map, PAGEMAP_SCAN).
     pub fn address(&self) -> u64 {
         self.map.as_ptr() as u64
+    }
+
+    /// The first page, and the size in whole pages. A mapping of a file begins on a page.
+    pub(super) fn range(&self) -> (NonNull<u8>, usize) {
+        let start = NonNull::new(self.map.as_mut_ptr()).unwrap_or(NonNull::dangling());
+        (start, self.map.len().next_multiple_of(rustix::param::page_size()))
+    }
+
+    /// As [`Self::range`]; whoever gets it unmaps it.
+    pub(super) fn into_range(self) -> (NonNull<u8>, usize) {
+        ManuallyDrop::new(self).range()
     }
 
     /// Where `offset` is, if `length` bytes from there lie inside.

@@ -4,6 +4,7 @@
 //! fd without owning it, or make a Rust reference to memory that a guest or a device can write.
 #![allow(unsafe_code)]
 
+mod blocking;
 mod eventfd;
 mod ioctl;
 pub mod iommufd;
@@ -14,6 +15,7 @@ mod membarrier;
 mod memfd;
 mod pagemap;
 mod raw_fd;
+mod revocable;
 mod uffd;
 pub mod vfio;
 
@@ -26,4 +28,5 @@ pub use pagemap::Pagemap;
 #[cfg(all(test, not(loom)))]
 pub(crate) use pagemap::read_into;
 pub use raw_fd::duplicate;
+pub use revocable::{Faults, Revocable, RevocableError};
 pub use uffd::AsyncWriteProtect;

@@ -69,6 +69,7 @@ impl FakeDevice {
             subsystem_device_id: 2,
             class_code: 0x020000,
             revision: 0,
+            virtual_function: false,
             config: config.clone(),
         };
         Self {
@@ -347,6 +348,8 @@ pub struct FakeLogging {
     pub dirty: Mutex<Vec<u64>>,
     pub fail_start: AtomicBool,
     pub fail_report: AtomicBool,
+    /// The page size granted; 0: as asked for
+    pub granted: AtomicU64,
 }
 
 impl NativeDmaLogging for FakeLogging {
@@ -355,7 +358,10 @@ impl NativeDmaLogging for FakeLogging {
             return Err(DeviceError::refused("fake", "logging", Errno::TOOBIG));
         }
         *self.started.lock().unwrap() = Some(ranges.to_vec());
-        Ok(page_size)
+        match self.granted.load(Ordering::SeqCst) {
+            0 => Ok(page_size),
+            granted => Ok(granted),
+        }
     }
 
     fn report(&self, range: IovaRange, page_size: u64, bitmap: &mut [u64]) -> Result<()> {

@@ -30,6 +30,12 @@ pub trait Embedder: Send + Sync + 'static {
 
     /// The guest is gone for good.
     fn gone(&self);
+
+    /// A device reported an uncorrectable error and refuses everything. The guest's part of it is the embedder's.
+    fn device_failed(&self, _device: &str) {}
+
+    /// The kernel wanted a device back: the host has let go of it. An embedder that holds it too has to let go as well.
+    fn device_released(&self, _device: &str) {}
 }
 
 /// No guest: devices are open and can be moved, nobody uses them.

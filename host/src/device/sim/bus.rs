@@ -40,6 +40,7 @@ impl Function {
             subsystem_device_id: ids.subsystem,
             class_code: ids.class,
             revision: ids.revision,
+            virtual_function: false,
             config: config.bytes().to_vec(),
         };
         Self { identity, time, faults, lost: AtomicBool::new(false), watch: Watch::default() }

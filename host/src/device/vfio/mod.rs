@@ -104,6 +104,10 @@ impl VfioDevice {
                 subsystem_device_id: 0,
                 class_code: 0,
                 revision: 0,
+                virtual_function: Sysfs::default().is_virtual_function(name).map_err(|error| {
+                    let errno = error.raw_os_error().map_or(Errno::NODEV, Errno::from_raw_os_error);
+                    fail("asking sysfs whether it is a VF", errno)
+                })?,
                 config: Vec::new(),
             },
             info,

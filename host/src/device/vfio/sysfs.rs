@@ -111,6 +111,11 @@ impl Sysfs {
         Ok(members)
     }
 
+    /// Whether it is an SR-IOV VF: only those have a PF.
+    pub fn is_virtual_function(&self, name: &str) -> io::Result<bool> {
+        Ok(link_name(&self.device(name)?.join("physfn"))?.is_some())
+    }
+
     /// VFs of this PF that are enabled; `None` for a device that has none to enable.
     pub fn enabled_vfs(&self, name: &str) -> io::Result<Option<u32>> {
         let text = match std::fs::read_to_string(self.device(name)?.join("sriov_numvfs")) {

@@ -161,3 +161,13 @@ fn power_and_enabled_vfs_are_the_kernels_record() {
     write(fake.path(&format!("{device}/sriov_numvfs")), "many\n").unwrap();
     assert!(fake.sysfs().enabled_vfs(name).is_err());
 }
+
+#[test]
+fn a_vf_is_known_by_its_pf() {
+    let fake = Fake::new();
+    let name = "0000:00:10.0";
+    assert!(!fake.sysfs().is_virtual_function(name).unwrap());
+    std::os::unix::fs::symlink("../0000:00:0f.0", fake.path(&format!("sys/bus/pci/devices/{name}/physfn"))).unwrap();
+    assert!(fake.sysfs().is_virtual_function(name).unwrap());
+    assert!(fake.sysfs().is_virtual_function("0000:00:12.0").is_err(), "no such device");
+}

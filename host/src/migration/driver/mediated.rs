@@ -45,6 +45,14 @@ impl MediatedHost {
         Self { devices, memory, vmm, fresh: AtomicBool::new(fresh) }
     }
 
+    /// The same without one of its devices.
+    pub fn without(&self, device: &Arc<MediatedDevice>) -> Self {
+        let devices = self.devices.iter().filter(|other| !Arc::ptr_eq(other, device)).cloned().collect();
+        let (memory, vmm) = (Arc::clone(&self.memory), Arc::clone(&self.vmm));
+        let fresh = AtomicBool::new(self.fresh.load(Ordering::Acquire));
+        Self { devices, memory, vmm, fresh }
+    }
+
     fn device(&self, index: usize) -> Result<&MediatedDevice> {
         let missing = || HostError::Device { device: index, what: "there is no such device".to_owned() };
         self.devices.get(index).map(Arc::as_ref).ok_or_else(missing)
