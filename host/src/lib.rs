@@ -5,6 +5,7 @@
 pub mod control;
 pub mod device;
 pub mod frontend;
+mod lock_order;
 pub mod mediation;
 pub mod memory;
 pub mod migration;

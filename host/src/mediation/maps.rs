@@ -211,6 +211,19 @@ impl MediatedDevice {
         Ok(())
     }
 
+    /// Before a write to configuration space: revoke first, then act. The caller has the device alone, or writes nothing that
+    /// disables memory.
+    #[cold]
+    pub(super) fn revoke_if_disabled(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let gated = self.shared.gated.load(Ordering::Acquire);
+        if self.shared.filter.disables(offset, data, gated) { self.revoke_maps() } else { Ok(()) }
+    }
+
+    /// Whether any mapping is live.
+    pub(super) fn has_live_maps(&self) -> bool {
+        self.maps.out().iter().any(|map| map.is_live())
+    }
+
     /// Puts back what may be put back. The caller has the device alone and open. What cannot be mapped again stays revoked:
     /// its accesses are errors, and the next turn tries once more.
     pub(super) fn restore_maps(&self) {

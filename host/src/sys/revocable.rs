@@ -212,8 +212,8 @@ impl Revocable {
             // SAFETY: `done < data.len()`, which `at` has checked to lie inside.
             let from = unsafe { start.add(done) };
             let left = &mut data[done..];
-            // SAFETY: in bounds, and aligned by the choice of the width, here and below. The mapping stays: `self` owns it.
             done += match width(from, left.len()) {
+                // SAFETY: in bounds, and aligned by the choice of the width. The mapping stays: `self` owns it.
                 8 => put(left, unsafe { from.cast::<u64>().read_volatile() }.to_ne_bytes()),
                 // SAFETY: as above.
                 4 => put(left, unsafe { from.cast::<u32>().read_volatile() }.to_ne_bytes()),
