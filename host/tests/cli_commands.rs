@@ -22,7 +22,7 @@ fn help_lists_the_commands_and_every_exit_code() {
         .collect();
     assert_eq!(
         commands,
-        ["run", "plugin", "device", "migrate", "status", "cancel", "resolve", "stop", "doctor", "help"]
+        ["run", "plugin", "device", "migrate", "status", "cancel", "resolve", "power", "stop", "doctor", "help"]
     );
     for code in 0..=8 {
         assert!(said.out.contains(&format!("\n  {code}  ")), "{}", said.out);
@@ -39,6 +39,7 @@ fn help_has_examples_wherever_there_are_arguments() {
         &["device", "inspect"],
         &["migrate"],
         &["resolve"],
+        &["power"],
         &["doctor"],
     ] {
         let said = run(&[command, &["--help"]].concat());

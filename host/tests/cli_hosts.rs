@@ -194,3 +194,25 @@ fn resolving_needs_a_folder_that_is_there() {
     assert_eq!(said.code, 6, "{said:?}");
     assert!(!fs::exists(&state).unwrap());
 }
+
+/// spec: POWER-40
+#[test]
+fn an_operator_lets_a_device_sleep_and_wakes_it() {
+    let host = Host::start(&["--device", "sim:stateful", "--device", "sim:edu?sleep=none", "--device", "sim:edu"]);
+    let json = |arguments: &[&str]| host.ask(&[arguments, &["--json"]].concat()).json();
+    assert_eq!(json(&["power", "sim:stateful", "status"])["state"], "D0");
+    let slept = host.ask(&["power", "sim:stateful", "enter"]);
+    assert_eq!((slept.code, slept.out.as_str()), (0, "sim:stateful: low power, until it is left; D3hot, suspended\n"));
+    assert!(host.ask(&["status"]).out.contains("low power, until it is left; D3hot, suspended"));
+    assert_eq!(json(&["status"])["devices"][0]["power"]["low_power"], true);
+    assert_eq!(json(&["status"])["devices"][0]["closed"], "suspended");
+    assert_eq!(host.ask(&["power", "0", "enter", "--wakeup"]).code, 6, "a second entry");
+    assert_eq!(json(&["power", "sim:stateful", "exit"])["low_power"], false);
+    assert_eq!(json(&["power", "2", "enter", "--wakeup"])["wakeup"], true);
+    let old = host.ask(&["power", "sim:edu?sleep=none", "enter"]);
+    assert_eq!(old.code, 6, "{old:?}");
+    assert_eq!(host.ask(&["power", "nothing", "status"]).code, 6);
+    assert_eq!(host.ask(&["power", "0", "exit", "--wakeup"]).code, 2);
+    assert_eq!(host.ask(&["stop"]).code, 0);
+    assert_eq!(host.ended().0, 0);
+}

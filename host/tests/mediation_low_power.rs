@@ -262,6 +262,36 @@ fn racing_accesses_wake_the_device_together_and_signal_once() {
     assert_eq!(sim.accesses_while_suspended(), 0);
 }
 
+/// spec: POWER-14
+#[test]
+fn a_mapping_is_unusable_until_the_exit_and_then_shows_what_the_device_has() {
+    for (sleep, kept) in [(Sleep::D3Hot, 7), (Sleep::D3Cold, 0)] {
+        let sim = Stateful::new(StatefulOptions { sleep, ..StatefulOptions::default() }).unwrap();
+        let device = plain(sim.clone());
+        let map = device.region_map(2, PAGE, PAGE).unwrap();
+        let address = map.address();
+        map.store_u32(&device, 0, 7).unwrap();
+        device.low_power_entry(None).unwrap();
+        assert!(!map.is_live());
+        assert_eq!(errno(map.load_u32(&device, 0)), Errno::IO);
+        assert_eq!(errno(map.store_u32(&device, 0, 8)), Errno::IO);
+        device.low_power_exit().unwrap();
+        assert_eq!((map.is_live(), map.address()), (true, address));
+        assert_eq!(map.load_u32(&device, 0).unwrap(), kept, "what the device has, not what it had");
+        // With a wake-up, an access by the mapping's own methods is a request like any other.
+        let wakeup = EventFd::new().unwrap();
+        device.low_power_entry(Some(wakeup.as_fd())).unwrap();
+        assert!(!map.is_live());
+        assert_eq!(map.load_u32(&device, 0).unwrap(), kept);
+        assert_eq!((wakeup.read(), map.is_live()), (Ok(1), true));
+        // An entry that is refused puts it back.
+        device.set_state(PreCopy, soon()).unwrap();
+        assert_eq!(errno(device.low_power_entry(None)), Errno::BUSY);
+        assert!(map.is_live());
+        assert_eq!(sim.accesses_while_suspended(), 0);
+    }
+}
+
 /// spec: POWER-15
 #[test]
 fn intx_that_the_client_masked_stays_masked() {

@@ -639,3 +639,40 @@ fn a_page_fault_inside_a_copy_of_guest_memory_holds_nobody_up() {
         write.join().unwrap().unwrap();
     });
 }
+
+/// spec: MEMEN-16
+#[test]
+fn a_failed_device_loses_its_mappings_with_the_last_access() {
+    let device = Arc::new(FakeDevice::new());
+    let (reached, go_on) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (there, wait) = (reached.clone(), go_on.clone());
+    let mediated = open_script(&device, |script| {
+        script.claims = vec![claim(0, 0, 4)];
+        script.read = Box::new(move |_, _, _, _| {
+            there.store(true, Ordering::SeqCst);
+            while !wait.load(Ordering::SeqCst) {
+                thread::yield_now();
+            }
+            Verdict::Handled
+        });
+    })
+    .unwrap();
+    let map = mediated.region_map(0, PAGE, PAGE).unwrap();
+    thread::scope(|scope| {
+        let access = scope.spawn(|| mediated.region_read(0, 0, &mut [0; 4]));
+        while !reached.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        mediated.fail(Errno::IO);
+        assert!(map.is_live(), "another access may be using it");
+        assert_eq!(errno(map.load_u32(&mediated, 0)), Errno::NODEV);
+        go_on.store(true, Ordering::SeqCst);
+        access.join().unwrap().unwrap();
+    });
+    assert!(!map.is_live());
+
+    let idle = open_plain(&Arc::new(FakeDevice::new()));
+    let map = idle.region_map(0, PAGE, PAGE).unwrap();
+    idle.fail(Errno::IO);
+    assert!(!map.is_live());
+}

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::host::Host;
+use super::host::{Host, power};
 use super::protocol::{DeviceStatus, Failure, PluginStatus, Request, Response, Status};
 use super::socket::{Answer, Service};
 use crate::device::Backend;
@@ -36,6 +36,9 @@ impl HostService {
             Request::Migrate { to, insecure, verify } => self.host.migrate(&to, insecure, verify).map(Answer::Follow),
             Request::Cancel {} => self.host.cancel().map(|()| done("asked for".to_owned())),
             Request::Resolve { id, run } => self.host.resolve(&id, run).map(done),
+            Request::Power { device, action } => {
+                self.host.power(&device, action).map(|power| Answer::Now(Response::Power(power)))
+            }
             Request::Stop { force } => {
                 self.host.may_stop(force)?;
                 let stop = Arc::clone(&self.stop);
@@ -75,6 +78,7 @@ fn status(host: &Host) -> Status {
         in_doubt: host.doubt(),
         memory_bytes,
         devices,
+        released: host.released(),
         plugins,
         listen: host.listening().map(|address| address.to_string()),
         migration: host.progress(),
@@ -100,5 +104,7 @@ fn device_status(device: &MediatedDevice) -> DeviceStatus {
         state: device.state().to_string(),
         plugin: device.plugin().map(|p| PluginStatus { name: p.name, version: p.version, path: p.path }),
         unmigratable: device.migratable().err().map(|error| error.to_string()),
+        power: Some(power(device)),
+        closed: device.closed().map(|reason| reason.to_string()),
     }
 }

@@ -19,6 +19,7 @@ use super::irqs::Irqs;
 use super::mediator::{HostCalls, IrqRequest, IrqRequestData, Request, ScratchMemory};
 use super::scratch::Scratch;
 use super::timers::{self, Delivery, Timers};
+use super::watch::Watch;
 use super::{MediatedDevice, lock};
 use crate::device::{CONFIG_REGION, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo};
 use crate::lock_order::{self, Guard};
@@ -50,6 +51,8 @@ pub struct Shared {
     pub irqs: Arc<Irqs>,
     pub scratch: Scratch,
     pub timers: Arc<Timers>,
+    /// The kernel's word about the device
+    pub watch: Watch,
     /// Guest maps of this device, by iova
     pub maps: Mutex<BTreeMap<u64, IovaMapping>>,
     /// Vectors whose firing the plug-in wants to see: (index, start, count)
@@ -82,6 +85,7 @@ impl Shared {
             irqs: Arc::default(),
             scratch: Scratch::default(),
             timers: Arc::default(),
+            watch: Watch::default(),
             maps: Mutex::default(),
             interposed: OnceLock::new(),
             cancel: AtomicBool::new(false),
@@ -124,10 +128,14 @@ impl Shared {
     }
 
     /// The host's own SET_IRQS: remembers the client's eventfds, and gives the device ours where a claim wants to see the
-    /// vector fire. Indices beyond the device's own exist in the table only.
+    /// vector fire. Indices beyond the device's own, and those that the host itself listens to, exist in the table only.
     pub fn default_set_irqs(&self, request: &IrqSet<'_>) -> Result<(), Errno> {
         lock_order::calling_out();
-        let own = (request.index as usize) < self.irq_infos.len();
+        let watched = self.watch.covers(request.index);
+        let own = (request.index as usize) < self.irq_infos.len() && !watched;
+        if watched && request.action != IrqAction::Trigger {
+            return Err(Errno::NOTTY);
+        }
         let to_device = |request: &IrqSet<'_>| match own {
             true => self.device.set_irqs(request).map_err(|error| error.errno),
             false => Ok(()),
@@ -148,6 +156,7 @@ impl Shared {
                 self.irqs.clear(request.index);
                 Ok(())
             }
+            (IrqAction::Trigger, IrqData::Bool([false])) if watched => Ok(()),
             (IrqAction::Trigger, _) if !own => {
                 for vector in request.start..request.start.saturating_add(request.count) {
                     self.irqs.signal((request.index, vector));

@@ -85,7 +85,7 @@ impl MediatedDevice {
 
     fn arm_again(&self) -> Result<()> {
         for Armed { index, start, fds } in self.shared.irqs.armed() {
-            if index < self.own_irqs() {
+            if index < self.own_irqs() && !self.shared.watch.covers(index) {
                 let fds = borrowed(&fds);
                 let (action, data) = (IrqAction::Trigger, IrqData::EventFd(&fds));
                 let count = fds.len() as u32;
@@ -135,6 +135,7 @@ impl MediatedDevice {
                 return;
             }
             self.shared.gate.take_attention();
+            self.revoke_failed();
             let put_back = self.shared.take_requests().into_iter().filter(|task| !self.perform(*task)).count();
             if put_back != 0 {
                 // Whoever is in the way attends when he is done.
@@ -179,6 +180,7 @@ impl MediatedDevice {
         self.shared.gate.fail();
         self.shared.cancel.store(true, Ordering::Release);
         self.tell(abi::EVENT_DEVICE_ERROR, [errno.raw_os_error() as u64, 0, 0]);
+        self.revoke_failed();
     }
 
     pub(super) fn timer_fired(&self, cookie: u64) -> Delivery {

@@ -222,6 +222,8 @@ impl MediatedDevice {
         let turn: Exclusive<'_> = self.shared.gate.close(reason, deadline).inspect_err(|error| {
             if *error == CloseError::DrainTimeout {
                 self.shared.cancel.store(true, Ordering::Release);
+                // Whoever leaves last takes the mappings back.
+                self.shared.gate.raise_attention();
             }
         })?;
         let done = self.settle(asleep).and_then(|()| work());
@@ -259,6 +261,33 @@ impl MediatedDevice {
         }
     }
 
+    /// Lets go of the device as far as those can who do not hold it alone: it is resumed, and from here on refuses everything
+    /// (ENODEV) for good. It is closed when the last reference goes.
+    pub fn let_go(&self) {
+        self.shared.cancel.store(true, Ordering::Release);
+        self.shut();
+        self.shared.cancel.store(false, Ordering::Release);
+    }
+
+    /// For good. The second time nothing is left to do.
+    fn shut(&self) {
+        let _right = lock_order::right(Right::Turn);
+        let turn = self.shared.gate.close(Reason::Closed, self.drain_deadline());
+        if turn.is_ok() {
+            // The plug-in's last call still reaches the device.
+            match self.settle(Asleep::Resume) {
+                Ok(()) => self.shared.watch.disarm(self.device()),
+                Err(error) => {
+                    tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
+                }
+            }
+        }
+        self.end_maps();
+        if let Ok(turn) = turn {
+            turn.release(Standing { everything: Some(Reason::Closed), memory: None });
+        }
+    }
+
     pub(super) fn mappable(&self, region: u32) -> &[Area] {
         self.mappable.get(region as usize).map_or(&[], |areas| areas)
     }
@@ -275,18 +304,10 @@ impl Drop for MediatedDevice {
         shared.timers.stop();
         shared.irqs.stop();
         self.ioeventfds.stop();
-        // Nothing is in flight: every call borrows the device, and both threads are gone or are this one. A forgotten
-        // pass would fail the gate, which refuses everything too.
-        if let Ok(turn) = shared.gate.close(Reason::Closed, self.drain_deadline()) {
-            // The plug-in's last call still reaches the device.
-            if let Err(error) = self.settle(Asleep::Resume) {
-                tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
-            }
-            self.end_maps();
-            turn.release(Standing { everything: Some(Reason::Closed), memory: None });
-        } else {
-            self.end_maps();
-        }
+        shared.watch.stop();
+        // Nothing is in flight: every call borrows the device, and its threads are gone or are this one. A forgotten pass
+        // would fail the gate, which refuses everything too.
+        self.shut();
         shared.cancel.store(false, Ordering::Release);
         // Before the services go, which take the device's maps away.
         self.plugin = None;

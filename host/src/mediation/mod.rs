@@ -47,6 +47,7 @@ mod tables;
 mod timers;
 mod tracking;
 mod vmm;
+mod watch;
 
 pub use device::{Limits, MediatedDevice};
 pub use error::{MediationError, Refusal, Remedy, Result, StateError};
@@ -56,6 +57,7 @@ pub use maps::{MapOptions, RegionMap};
 pub use mediator::{Exactness, PluginSummary, Remaining, Saved};
 pub use tracking::Tracking;
 pub use vmm::{VmmError, VmmPort};
+pub use watch::{Notice, Observer};
 
 pub use crate::sys::Faults;
 

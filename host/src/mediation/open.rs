@@ -104,6 +104,13 @@ impl MediatedDevice {
             shared.irqs.start(fired).map_err(|errno| MediationError::refused("starting the irq thread", errno))?;
         }
         let _first = shared.interposed.set(interposed);
+        shared.watch.arm(self.device(), &shared.irq_infos)?;
+        let owner = Arc::downgrade(self);
+        shared.watch.start(move |index| {
+            if let Some(owner) = owner.upgrade() {
+                owner.line_fired(index);
+            }
+        })?;
         self.alone(Reason::NotBound, self.drain_deadline(), || self.look_at_command())?;
         let _first = shared.owner.set(Arc::downgrade(self));
         self.attend();

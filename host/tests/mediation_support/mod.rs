@@ -113,6 +113,7 @@ impl FakeDevice {
     }
 
     fn step(&self, what: &'static str) -> Result<()> {
+        vfio_mediate::lock_order::calling_out();
         if let Some(watcher) = self.watcher.get() {
             (watcher.0)(what);
         }
@@ -365,6 +366,8 @@ pub struct FakeLogging {
     pub dirty: Mutex<Vec<u64>>,
     pub fail_start: AtomicBool,
     pub fail_report: AtomicBool,
+    /// The page size granted; 0: as asked for
+    pub granted: AtomicU64,
 }
 
 impl NativeDmaLogging for FakeLogging {
@@ -373,7 +376,10 @@ impl NativeDmaLogging for FakeLogging {
             return Err(DeviceError::refused("fake", "logging", Errno::TOOBIG));
         }
         *self.started.lock().unwrap() = Some(ranges.to_vec());
-        Ok(page_size)
+        match self.granted.load(Ordering::SeqCst) {
+            0 => Ok(page_size),
+            granted => Ok(granted),
+        }
     }
 
     fn report(&self, range: IovaRange, page_size: u64, bitmap: &mut [u64]) -> Result<()> {

@@ -58,6 +58,9 @@ pub enum Command {
     /// Say where the guest of a migration in doubt runs
     #[command(after_help = RESOLVE)]
     Resolve(ResolveArgs),
+    /// Let a running host's device sleep, wake it, or show its power
+    #[command(after_help = POWER)]
+    Power(PowerArgs),
     /// End a running host in good order
     Stop(StopArgs),
     /// Check what this machine can do, and say what to do about the rest
@@ -99,6 +102,15 @@ Examples:
   vfio-mediate status                                  # shows the id
   vfio-mediate resolve --id 5f0e...c1 --run-here
   vfio-mediate resolve --id 5f0e...c1 --run-there --state-dir /var/lib/vfio-mediate   # host not running";
+
+const POWER: &str = "Examples:
+  vfio-mediate power 0000:00:10.0 enter
+  vfio-mediate power 0000:00:10.0 enter --wakeup
+  vfio-mediate power 0000:00:10.0 status --json
+  vfio-mediate power 0000:00:10.0 exit
+
+While a device is in low power its requests fail with EIO, or, with --wakeup, the first one wakes it. A migration and a reset \
+wake it in any case. Whether and when the kernel really suspends it `status` shows (D3hot, D3cold).";
 
 const DOCTOR: &str = "Examples:
   vfio-mediate doctor
@@ -249,6 +261,30 @@ pub struct RunWhere {
 }
 
 #[derive(Debug, Clone, Args)]
+pub struct PowerArgs {
+    #[command(flatten)]
+    pub control: ControlArgs,
+    /// Its name as `status` shows it, or its place in that list, from 0
+    #[arg(value_name = "DEVICE")]
+    pub device: String,
+    #[arg(value_enum)]
+    pub what: PowerWhat,
+    /// With `enter`: the first request that needs the device wakes it
+    #[arg(long)]
+    pub wakeup: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PowerWhat {
+    /// Let it be suspended
+    Enter,
+    /// Wake it
+    Exit,
+    /// Show its power; wakes nothing
+    Status,
+}
+
+#[derive(Debug, Clone, Args)]
 pub struct StopArgs {
     #[command(flatten)]
     pub control: ControlArgs,
@@ -276,7 +312,7 @@ impl MachineArgs {
             draft.devices = self.devices.iter().map(device).collect();
         }
         if !self.plugins.is_empty() {
-            draft.plugins.clone_from(&self.plugins);
+            draft.plugins = self.plugins.iter().cloned().map(Into::into).collect();
         }
         draft.memory = self.memory.or(draft.memory);
         draft.state_dir = self.state_dir.clone().or(draft.state_dir);

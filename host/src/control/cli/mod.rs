@@ -10,6 +10,7 @@ mod doctor;
 mod failure;
 mod migrate;
 mod plugin;
+mod power;
 mod resolve;
 mod run;
 mod status;
@@ -46,6 +47,7 @@ fn execute(cli: Cli) -> Result<Exit, CliError> {
         Command::Migrate(args) => migrate::run(&args, json),
         Command::Status(args) => status::status(&args, json),
         Command::Cancel(args) => status::cancel(&args, json),
+        Command::Power(args) => power::run(&args, json),
         Command::Stop(args) => status::stop(&args, json),
         Command::Resolve(args) => resolve::run(&args, json),
         Command::Doctor(args) => doctor::run(&args, json),

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::args::{ControlArgs, StopArgs};
-use super::{CliError, migrate, print_json, print_line};
+use super::{CliError, migrate, power, print_json, print_line};
 use crate::control::client::Client;
 use crate::control::exit::Exit;
 use crate::control::protocol::{LastMigration, Ownership, Status};
@@ -40,9 +40,17 @@ fn told(status: &Status) -> Vec<String> {
         let by =
             device.plugin.as_ref().map_or("no plug-in".to_owned(), |p| format!("plug-in {} {}", p.name, p.version));
         lines.push(format!("device    {} ({}, {}), {}, {by}", device.name, device.id, device.backend, device.state));
+        if let Some(power) = device.power.as_ref().filter(|power| power.low_power || power.suspended == Some(true)) {
+            lines.push(format!("          {}", power::told(power)));
+        } else if let Some(why) = &device.closed {
+            lines.push(format!("          refuses requests: {why}"));
+        }
         if let Some(why) = &device.unmigratable {
             lines.push(format!("          cannot be migrated: {why}"));
         }
+    }
+    for name in &status.released {
+        lines.push(format!("released  {name}: the kernel wanted it back"));
     }
     for plugin in &status.plugins {
         lines.push(format!("plug-in   {} {} ({})", plugin.name, plugin.version, plugin.path));

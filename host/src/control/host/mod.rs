@@ -16,6 +16,7 @@ mod embedder;
 mod greeting;
 mod incoming;
 mod outgoing;
+mod power;
 mod throttle;
 mod watch;
 
@@ -37,6 +38,7 @@ use crate::migration::journal::{FileStore, JournalError, Standing};
 use crate::migration::wire::MigrationId;
 
 pub use embedder::{Embedder, NoGuest};
+pub(in crate::control) use power::power;
 
 /// A host that could not start.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +93,8 @@ struct State {
     job: Option<Arc<Job>>,
     cancel: Arc<Cancel>,
     last: Option<LastMigration>,
+    /// Devices that the kernel wanted back, and has
+    released: Vec<String>,
     /// No thread is started any more
     stopping: bool,
     /// Threads of this host that have not ended
@@ -139,7 +143,7 @@ impl Host {
                 return Err(StartError::InDoubt { id, peer, explanation, folder });
             }
         }
-        let machine = Machine::build(&config)?;
+        let machine = Machine::build(&config, embedder.kvm())?;
         let vmm = embedder.vmm(&machine).map_err(StartError::Embedder)?;
         let listener = config.listen.map(incoming::listen).transpose()?;
         let here = listener.is_none();
@@ -152,6 +156,7 @@ impl Host {
             job: None,
             cancel: Arc::default(),
             last: None,
+            released: Vec::new(),
             stopping: false,
             threads: 0,
         };
@@ -169,10 +174,12 @@ impl Host {
             threads: Mutex::default(),
             _state_lock: state_lock,
         });
+        host.listen_to_devices();
         if here {
             vmm.resume().map_err(|error| StartError::Embedder(error.to_string()))?;
             host.embedder.running();
         } else {
+            host.spawn("guest RAM", Self::populate).map_err(StartError::Thread)?;
             host.spawn("migrations in", Self::await_guests).map_err(StartError::Thread)?;
         }
         Ok(host)

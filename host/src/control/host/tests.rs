@@ -13,11 +13,16 @@ use crate::migration::cause::{Phase, Role};
 use crate::migration::journal::{Journal, Mark};
 use crate::migration::wire::Digest;
 
+#[path = "power_tests.rs"]
+mod power;
+
 /// Counts what it is told, and can hold a migration at a phase.
 #[derive(Debug, Default)]
 struct Watcher {
     running: AtomicU32,
     gone: AtomicU32,
+    released: Mutex<Vec<String>>,
+    failed: Mutex<Vec<String>>,
     hold: Mutex<Option<Phase>>,
     held: Mutex<bool>,
     changed: Condvar,
@@ -66,6 +71,14 @@ impl Embedder for Watcher {
 
     fn gone(&self) {
         self.gone.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn device_failed(&self, device: &str) {
+        lock(&self.failed).push(device.to_owned());
+    }
+
+    fn device_released(&self, device: &str) {
+        lock(&self.released).push(device.to_owned());
     }
 }
 

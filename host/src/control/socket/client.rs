@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::line::{LineError, Lines};
 use super::protocol::{
-    Failure, Progress, RESPONSE_MAX, Report, Request, RequestLine, Response, ResponseLine, Run, Status, VERSION,
+    Failure, Power, PowerAction, Progress, RESPONSE_MAX, Report, Request, RequestLine, Response, ResponseLine, Run,
+    Status, VERSION,
 };
 
 /// A host that is busy answers within moments; one that follows a job gives a sign of life every second.
@@ -83,6 +84,15 @@ impl Client {
         self.done(Request::Resolve { id: id.to_owned(), run })
     }
 
+    /// Low power of one device.
+    pub fn power(&mut self, device: &str, action: PowerAction) -> Result<Power, ClientError> {
+        self.send(Request::Power { device: device.to_owned(), action })?;
+        match self.receive()? {
+            Response::Power(power) => Ok(power),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
     /// Ends the host in good order.
     pub fn stop(&mut self, force: bool) -> Result<String, ClientError> {
         self.done(Request::Stop { force })
@@ -124,6 +134,7 @@ impl Client {
     fn unexpected(&self, response: &Response) -> ClientError {
         let kind = match response {
             Response::Status(_) => "a status",
+            Response::Power(_) => "a power state",
             Response::Progress(_) => "progress",
             Response::Migrated { .. } => "a report",
             Response::Done { .. } => "a confirmation",

@@ -57,11 +57,31 @@ pub enum Request {
         id: String,
         run: Run,
     },
+    /// Low power of one device; answered with `power`
+    Power {
+        /// Its name as `status` shows it, or its place in that list
+        device: String,
+        action: PowerAction,
+    },
     /// End the host in good order. Refused while a migration is under way or the guest is in doubt, unless forced.
     Stop {
         #[serde(default)]
         force: bool,
     },
+}
+
+/// What is to be done about a device's power.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum PowerAction {
+    /// Nothing: it is asked for
+    Status,
+    /// Let the device be suspended; with a wake-up until the next request that needs it
+    Enter {
+        #[serde(default)]
+        wakeup: bool,
+    },
+    Exit,
 }
 
 /// Where the guest is to run, by an operator's word.
@@ -76,6 +96,7 @@ pub enum Run {
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Response {
     Status(Box<Status>),
+    Power(Power),
     Progress(Progress),
     Migrated {
         report: Box<Report>,
@@ -179,6 +200,9 @@ pub struct Status {
     pub in_doubt: Option<InDoubt>,
     pub memory_bytes: u64,
     pub devices: Vec<DeviceStatus>,
+    /// Devices that the kernel wanted back, and has
+    #[serde(default)]
+    pub released: Vec<String>,
     pub plugins: Vec<PluginStatus>,
     /// Where a guest is awaited
     pub listen: Option<String>,
@@ -204,6 +228,26 @@ pub struct DeviceStatus {
     pub plugin: Option<PluginStatus>,
     /// Why it cannot be migrated; `None`: it can
     pub unmigratable: Option<String>,
+    /// `None`: an older host
+    #[serde(default)]
+    pub power: Option<Power>,
+    /// Why it refuses requests, if it does
+    #[serde(default)]
+    pub closed: Option<String>,
+}
+
+/// A device's power, told without waking it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Power {
+    pub device: String,
+    /// Low power was entered: the device may be suspended, and requests are refused or wake it
+    pub low_power: bool,
+    /// The next request ends it
+    pub wakeup: bool,
+    /// `D0`, `D3hot`, `D3cold` ..., where the kernel says it
+    pub state: Option<String>,
+    /// By the kernel's runtime power management
+    pub suspended: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

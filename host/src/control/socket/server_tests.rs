@@ -31,9 +31,10 @@ impl Service for Fake {
             Request::Resolve { run: Run::There, .. } => {
                 Answer::Now(Response::Error(Failure::new(FailureCode::InDoubt, "still in doubt")))
             }
-            Request::Status {} | Request::Cancel {} | Request::Resolve { run: Run::Here, .. } => {
-                Answer::Now(done("yes"))
-            }
+            Request::Status {}
+            | Request::Cancel {}
+            | Request::Power { .. }
+            | Request::Resolve { run: Run::Here, .. } => Answer::Now(done("yes")),
         }
     }
 }

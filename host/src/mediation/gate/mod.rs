@@ -251,7 +251,11 @@ impl Gate {
     /// why not.
     #[inline(always)]
     pub fn enter_quickly(&self, class: Class) -> Option<Pass<'_>> {
-        let index = thread_index::assigned();
+        self.enter_quickly_at(thread_index::assigned(), class)
+    }
+
+    #[inline(always)]
+    fn enter_quickly_at(&self, index: usize, class: Class) -> Option<Pass<'_>> {
         if index >= self.quick {
             return None;
         }
@@ -420,6 +424,15 @@ impl Gate {
             0 => state | (reason as u32) << MEMORY_SHIFT,
             _ => state,
         });
+    }
+
+    /// Whether the gate is failed and nobody is inside: then nobody will be.
+    pub fn is_failed_and_empty(&self) -> bool {
+        if self.state.load(Ordering::Acquire) & EVERYTHING != Reason::Failed as u32 {
+            return false;
+        }
+        self.heavy();
+        self.is_drained()
     }
 
     /// Why an access in flight may go no further, if it may not: a lasting reason that came after it was let in.
