@@ -134,3 +134,66 @@ fn the_limit_holds_when_many_open_at_once() {
     assert!(registry.list()[0].devices.is_empty());
     drop(Arc::clone(&registry));
 }
+
+/// Several threads want the same name at once, while devices are opened: one has it, the others are told that it is taken,
+/// and after each round it is free again.
+///
+/// spec: REG-3 REG-9
+#[test]
+fn one_of_many_registrations_of_a_name_has_it_and_the_others_are_eexist() {
+    let path = scripted("wanted", &[]);
+    let (registry, script, stop) = (Registry::new(), Script::new(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let opener = scope.spawn(|| use_devices(&registry, script, &stop));
+        for _ in 0..20 {
+            let registering: Vec<_> = (0..3).map(|_| scope.spawn(|| registry.register(load(&path), ONE))).collect();
+            let mut ids = Vec::new();
+            for answer in registering.into_iter().map(|thread| thread.join().unwrap()) {
+                match answer {
+                    Ok(id) => ids.push(id),
+                    Err(error) => assert_eq!(error.errno(), Errno::EXIST, "{error}"),
+                }
+            }
+            assert_eq!(ids.len(), 1, "nobody unregistered in between");
+            registry.unregister(ids[0], soon()).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(opener.join().unwrap(), script.opens());
+    });
+    assert_eq!((script.opens(), script.after_retire()), (script.closes(), 0));
+    assert!(registry.list().is_empty());
+}
+
+/// Everything against everything: the same name by two threads, opens under a limit, unregistrations, and a shutdown.
+///
+/// spec: REG-3 REG-6 REG-8 REG-11
+#[test]
+fn all_at_once_gets_only_documented_answers_and_leaves_nothing() {
+    let path = scripted("everything", &[]);
+    for _ in 0..8 {
+        let (registry, script, stop) = (Registry::new(), Script::new(), AtomicBool::new(false));
+        let come_and_go = || {
+            loop {
+                match registry.register(load(&path), ONE) {
+                    // Another thread may have been told to shut it down, or the same unregistration.
+                    Ok(id) => registry.unregister(id, soon()).unwrap(),
+                    Err(RegisterError::Duplicate { .. }) => std::thread::yield_now(),
+                    Err(RegisterError::ShuttingDown) => break,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            let openers: Vec<_> = (0..2).map(|_| scope.spawn(|| use_devices(&registry, script, &stop))).collect();
+            let registrars: Vec<_> = (0..2).map(|_| scope.spawn(come_and_go)).collect();
+            eventually(|| script.closes() >= 3);
+            registry.shutdown(soon()).unwrap();
+            assert!(registry.list().is_empty());
+            registrars.into_iter().for_each(|thread| thread.join().unwrap());
+            stop.store(true, Ordering::Relaxed);
+            openers.into_iter().for_each(|thread| _ = thread.join().unwrap());
+        });
+        assert_eq!((script.opens(), script.after_retire()), (script.closes(), 0));
+        assert!(registry.list().is_empty());
+    }
+}

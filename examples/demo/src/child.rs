@@ -56,7 +56,7 @@ pub fn run(args: &HostArgs) -> anyhow::Result<()> {
 
 fn serve(args: &HostArgs) -> anyhow::Result<()> {
     let mut draft = Draft {
-        plugins: args.load.plugin.iter().cloned().collect(),
+        plugins: args.load.plugin.iter().cloned().map(Into::into).collect(),
         memory: Some(args.load.memory.parse()?),
         control_socket: Some(args.control.clone()),
         state_dir: Some(args.state.clone()),

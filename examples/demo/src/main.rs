@@ -18,6 +18,7 @@ mod protocol;
 mod story;
 mod witness;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -25,8 +26,13 @@ use clap::Parser;
 use crate::cli::{Cli, Role};
 use crate::guest::Caught;
 
+/// `cargo demo -- --option` and `cargo demo --option` mean the same: the alias has a `--` of its own.
+fn arguments(given: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    given.enumerate().filter(|(at, argument)| *at != 1 || argument != "--").map(|(_, argument)| argument)
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(arguments(std::env::args_os()));
     let done = match &cli.role {
         None => match &cli.demo.kill {
             Some(what) => kill::run(&cli.demo, what),

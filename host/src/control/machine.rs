@@ -10,12 +10,10 @@ use crate::control::config::{Config, DeviceConfig, DeviceName, OpenBy};
 use crate::device::vfio::sysfs::Sysfs;
 use crate::device::vfio::{Iommu, Options, VfioDevice};
 use crate::device::{Backend, Device, DeviceError, IovaRange, sim};
+use crate::kvm;
 use crate::mediation::{MediatedDevice, MediationError};
 use crate::memory::{AddressSpace, GuestRam, IovaMapping, MemoryError, PAGE_SIZE};
 use crate::plugin::{Library, Limits, LoadError, RegisterError, Registry, UnregisterError};
-
-/// Devices that one plug-in may have open in one host.
-const DEVICES_OF_A_PLUGIN_MAX: u32 = 256;
 
 /// A machine that could not be put together, shaped by what the operator mends.
 #[derive(Debug, thiserror::Error)]
@@ -46,19 +44,20 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn build(config: &Config) -> Result<Self, MachineError> {
+    /// `kvm`: the VM that is to know the devices' files.
+    pub fn build(config: &Config, kvm: Option<kvm::Handle>) -> Result<Self, MachineError> {
         let registry = Registry::new();
-        for path in &config.plugins {
-            let library = Library::open(path)?;
+        for plugin in &config.plugins {
+            let library = Library::open(&plugin.path)?;
             if library.panic_aborts() {
                 tracing::warn!(plugin = library.name(), "was built with panic=abort: a panic in it ends this host");
             }
-            registry.register(library, Limits { devices_max: DEVICES_OF_A_PLUGIN_MAX })?;
+            registry.register(library, Limits { devices_max: plugin.devices_max })?;
         }
         let memory = AddressSpace::new(GuestRam::new(config.memory.bytes())?);
         // Dropped on an error, it lets go of what is open by then.
         let mut machine = Self { devices: Vec::with_capacity(config.devices.len()), memory, registry };
-        let mut opener = Opener::default();
+        let mut opener = Opener { kvm, ..Opener::default() };
         for wanted in &config.devices {
             let device = opener.open(wanted)?;
             machine.add(device)?;
@@ -109,6 +108,7 @@ pub fn open(wanted: &DeviceConfig) -> Result<Arc<dyn Device>, MachineError> {
 struct Opener {
     container: Option<Arc<Iommu>>,
     iommufd: Option<Arc<Iommu>>,
+    kvm: Option<kvm::Handle>,
 }
 
 impl Opener {
@@ -127,7 +127,7 @@ impl Opener {
             Backend::VfioCdev => &mut self.iommufd,
             Backend::VfioGroup | Backend::Sim => &mut self.container,
         };
-        let options = Options { iommu: shared.clone(), vf_token: wanted.vf_token };
+        let options = Options { iommu: shared.clone(), vf_token: wanted.vf_token, kvm: self.kvm.clone() };
         let device = match backend {
             Backend::VfioCdev => VfioDevice::open_cdev(name, &options)?,
             Backend::VfioGroup | Backend::Sim => VfioDevice::open_group(name, &options)?,

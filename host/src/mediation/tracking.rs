@@ -11,11 +11,13 @@ use super::error::{MediationError, Result};
 use super::gate::Class;
 use super::lock;
 use super::mediator::{Exactness, Origin, TrapMap};
-use crate::device::IovaRange;
+use crate::device::{IovaRange, NativeDmaLogging};
 use crate::memory::{IovaMapping, PAGE_SIZE};
 
-/// Longest range of one report, in pages: its bitmap has 32 KiB.
-const REPORT_PAGES: u64 = 1 << 18;
+/// Longest range of one report: its bitmap has 32 KiB. Reports end at its multiples, which no page of a log crosses.
+const REPORT_SIZE: u64 = 1 << 30;
+/// Largest page that a device's log may grant.
+const LOG_PAGE_MAX: u64 = REPORT_SIZE;
 /// The uAPI's limit on ranges (`VFIO_DEVICE_FEATURE_DMA_LOGGING_START`): one page of them.
 const RANGES_MAX: usize = 256;
 
@@ -33,6 +35,7 @@ pub enum Tracking {
 #[derive(Debug, Clone)]
 pub(super) struct Active {
     source: Tracking,
+    /// The page size that the device's log granted: what one of its bits stands for
     native_page: Option<u64>,
     plugin: bool,
     ranges: Vec<IovaRange>,
@@ -90,13 +93,13 @@ impl MediatedDevice {
             active.source = Tracking::Plugin(plugin.exactness());
         }
         if let Some(native) = self.device().dma_logging() {
-            match native.start(&active.ranges, PAGE_SIZE) {
+            match start_native(native, &active.ranges) {
                 Ok(page) => (active.native_page, active.source) = (Some(page), Tracking::Native),
                 Err(error) => {
                     if let Some(plugin) = &plugin {
                         plugin.stop(self.frame(Origin::Migration));
                     }
-                    return Err(error.into());
+                    return Err(error);
                 }
             }
         }
@@ -126,19 +129,23 @@ impl MediatedDevice {
             return;
         }
         let last = map.iova + (map.length - 1);
-        let covered = active.ranges.iter().any(|range| range.iova <= map.iova && last <= range.last);
-        if !covered || active.lost || active.source == Tracking::Everything {
+        let logged = active.ranges.iter().find(|range| range.iova <= map.iova && last <= range.last);
+        let Some(logged) = logged.filter(|_| !active.lost && active.source != Tracking::Everything) else {
             return self.mark(map.ram_offset, map.length);
-        }
-        let mut at = 0;
-        while at < map.length {
-            let length = (map.length - at).min(REPORT_PAGES * PAGE_SIZE);
-            self.sync_range(&active, map.iova + at, map.ram_offset + at, length);
-            at += length;
+        };
+        let mut at = map.iova;
+        loop {
+            let end = last.min(at | (REPORT_SIZE - 1));
+            self.sync_range(&active, logged, IovaRange { iova: at, last: end }, map.ram_offset + (at - map.iova));
+            if end == last {
+                return;
+            }
+            at = end + 1;
         }
     }
 
-    fn sync_range(&self, active: &Active, iova: u64, ram_offset: u64, length: u64) {
+    fn sync_range(&self, active: &Active, logged: &IovaRange, range: IovaRange, ram_offset: u64) {
+        let (iova, length) = (range.iova, range.last - range.iova + 1);
         let pages = length / PAGE_SIZE;
         let mut words = vec![0u64; pages.div_ceil(64) as usize];
         let mut failed = false;
@@ -148,8 +155,7 @@ impl MediatedDevice {
             failed |= plugin.report(self.frame(Origin::Migration), iova, length, PAGE_SIZE, &mut words).is_err();
         }
         if let (Some(page), Some(native)) = (active.native_page, self.device().dma_logging()) {
-            let range = IovaRange { iova, last: iova + (length - 1) };
-            failed |= page != PAGE_SIZE || native.report(range, PAGE_SIZE, &mut words).is_err();
+            failed |= self.native_report(native, page, logged, range, &mut words).is_err();
         }
         let tail = pages % 64;
         if tail != 0
@@ -160,6 +166,50 @@ impl MediatedDevice {
         }
         if failed || self.shared.memory.log().merge(ram_offset / PAGE_SIZE, &words).is_err() {
             self.mark(ram_offset, length);
+        }
+    }
+
+    /// ORs what the device's log has of `range` into `words`. Being told of a page of the log clears it: one that reaches beyond
+    /// the range is asked for as far as it is logged, and marked whole, wherever it is mapped.
+    fn native_report(
+        &self,
+        native: &dyn NativeDmaLogging,
+        page: u64,
+        logged: &IovaRange,
+        range: IovaRange,
+        words: &mut [u64],
+    ) -> Result<()> {
+        let (lower, upper) = (range.iova & !(page - 1), range.last | (page - 1));
+        if page <= PAGE_SIZE || (lower, upper) == (range.iova, range.last) {
+            return Ok(native.report(range, PAGE_SIZE, words)?);
+        }
+        let asked = IovaRange { iova: lower.max(logged.iova), last: upper.min(logged.last) };
+        let bit_of = |iova: u64| (iova - asked.iova) / PAGE_SIZE;
+        let mut all = vec![0u64; (bit_of(asked.last) / 64 + 1) as usize];
+        let reported = native.report(asked, PAGE_SIZE, &mut all);
+        let is_dirty = |bit: u64| all[(bit / 64) as usize] >> (bit % 64) & 1 != 0;
+        for bit in bit_of(range.iova)..=bit_of(range.last) {
+            let own = bit - bit_of(range.iova);
+            words[(own / 64) as usize] |= u64::from(is_dirty(bit)) << (own % 64);
+        }
+        // The first page of the log and the last one, which may be the same.
+        for first in [lower, upper - (page - 1)] {
+            let edge = IovaRange { iova: first, last: first + (page - 1) };
+            let mut bits = bit_of(edge.iova.max(asked.iova))..=bit_of(edge.last.min(asked.last));
+            if reported.is_err() || bits.any(is_dirty) {
+                self.mark_mapped(edge);
+            }
+        }
+        Ok(reported?)
+    }
+
+    /// Marks what is mapped in this range for the device to write.
+    fn mark_mapped(&self, range: IovaRange) {
+        for map in self.shared.mappings().iter().filter(|map| map.write) {
+            let (first, last) = (range.iova.max(map.iova), range.last.min(map.iova + (map.length - 1)));
+            if first <= last {
+                self.mark(map.ram_offset + (first - map.iova), last - first + 1);
+            }
         }
     }
 
@@ -198,6 +248,16 @@ impl MediatedDevice {
             active.lost = true;
         }
     }
+}
+
+/// Starts the device's log; the page size that it grants. One that cannot be a page's is refused, and the log stopped.
+fn start_native(native: &dyn NativeDmaLogging, ranges: &[IovaRange]) -> Result<u64> {
+    let page = native.start(ranges, PAGE_SIZE)?;
+    if page.is_power_of_two() && page <= LOG_PAGE_MAX {
+        return Ok(page);
+    }
+    native.stop()?;
+    Err(MediationError::refused(format!("a dirty log with pages of {page} bytes"), Errno::PROTO))
 }
 
 /// Ranges that the device may write, ascending; neighbours made one, and the nearest ones until they are few enough.

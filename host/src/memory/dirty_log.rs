@@ -196,7 +196,22 @@ fn or(word: &AtomicU64, bits: u64, fenced: &mut bool) {
 
 /// Takes a word. A zero is left alone: a mark that comes later belongs to the next drain.
 fn take(word: &AtomicU64) -> u64 {
-    if word.load(Ordering::Relaxed) == 0 { 0 } else { word.swap(0, Ordering::AcqRel) }
+    if looks_first() && word.load(Ordering::Relaxed) == 0 { 0 } else { word.swap(0, Ordering::AcqRel) }
+}
+
+/// Whether zeros are left alone. Always, but for models that say otherwise.
+#[cfg(not(loom))]
+const fn looks_first() -> bool {
+    true
+}
+#[cfg(loom)]
+fn looks_first() -> bool {
+    LOOKS_FIRST.get()
+}
+#[cfg(loom)]
+thread_local! {
+    // All threads of a model are one of the machine's.
+    static LOOKS_FIRST: std::cell::Cell<bool> = const { std::cell::Cell::new(true) };
 }
 
 /// The lowest `count` bits, up to 64.

@@ -12,6 +12,8 @@ pub enum MemoryError {
     RamSize { size: u64 },
     #[error("making {size} bytes of guest RAM")]
     Ram { size: u64, source: std::io::Error },
+    #[error("populating {size} bytes of guest RAM")]
+    Populate { size: u64, source: std::io::Error },
     #[error("writing {length:#x} bytes at RAM offset {ram_offset:#x}")]
     Write { ram_offset: u64, length: u64, source: std::io::Error },
     #[error("mapping guest RAM")]
@@ -56,7 +58,7 @@ impl MemoryError {
             | Self::OutOfRange { .. }
             | Self::Bitmap { .. }
             | Self::NotTracking => Errno::INVAL,
-            Self::Ram { source, .. } | Self::Write { source, .. } => {
+            Self::Ram { source, .. } | Self::Populate { source, .. } | Self::Write { source, .. } => {
                 Errno::from_io_error(source).unwrap_or(Errno::NOMEM)
             }
             Self::Mapping(MappingError::Map { source, .. }) => Errno::from_io_error(source).unwrap_or(Errno::NOMEM),

@@ -2,12 +2,16 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{MemoryError, PAGE_SIZE};
 use crate::sys::{Mapping, Seal, memfd, write_at};
 
 /// Largest RAM of one VM: 16 TiB.
 pub const RAM_SIZE_MAX: u64 = 1 << 44;
+
+/// Populated between two looks at whether to stop.
+const POPULATE_STEP: u64 = 16 << 20;
 
 /// One block of guest memory over a sealed memfd; offset 0 is guest-physical 0.
 ///
@@ -20,6 +24,7 @@ pub struct GuestRam {
     size: u64,
     cpu: Arc<Mapping>,
     dma: Arc<Mapping>,
+    populated: AtomicBool,
 }
 
 impl GuestRam {
@@ -31,7 +36,7 @@ impl GuestRam {
         let fd = memfd("guest-ram", size, Seal::Size).map_err(|source| MemoryError::Ram { size, source })?;
         let cpu = Arc::new(Mapping::new(&fd, 0, size)?);
         let dma = Arc::new(Mapping::new(&fd, 0, size)?);
-        Ok(Arc::new(Self { fd, size, cpu, dma }))
+        Ok(Arc::new(Self { fd, size, cpu, dma, populated: AtomicBool::new(false) }))
     }
 
     /// In bytes.
@@ -51,6 +56,26 @@ impl GuestRam {
     /// The mapping for devices and for the host's writes on their behalf.
     pub fn dma_mapping(&self) -> &Arc<Mapping> {
         &self.dma
+    }
+
+    /// Gives the CPU's mapping every page that it does not have yet, step by step, until it has all of them or `stop` says
+    /// so; contents stay. Devices that are reached by DMA have all of memory pinned in any case; this takes the time that
+    /// it costs before a guest comes, not while it comes.
+    pub fn populate(&self, mut stop: impl FnMut() -> bool) -> Result<(), MemoryError> {
+        for offset in (0..self.size).step_by(POPULATE_STEP as usize) {
+            if stop() {
+                return Ok(());
+            }
+            let length = POPULATE_STEP.min(self.size - offset);
+            self.cpu.populate(offset, length).map_err(|source| MemoryError::Populate { size: self.size, source })?;
+        }
+        self.populated.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Every page is there; none is taken away again.
+    pub fn is_populated(&self) -> bool {
+        self.populated.load(Ordering::Acquire)
     }
 
     /// Writes through the file, not through a mapping: for memory that has none yet. A store into a page that does not
@@ -100,6 +125,27 @@ mod tests {
             assert_eq!(rustix::fs::fstat(ram.fd()).unwrap().st_size, before);
         }
         ram.write_fresh(size, &[]).unwrap();
+    }
+
+    /// spec: MEM-37
+    #[test]
+    fn populating_keeps_contents_and_is_complete_or_not_said_to_be() {
+        let size = POPULATE_STEP + PAGE_SIZE;
+        let ram = GuestRam::new(size).unwrap();
+        ram.write_fresh(PAGE_SIZE, &[7; 3]).unwrap();
+        let mut asked = 0;
+        ram.populate(|| {
+            asked += 1;
+            asked == 2
+        })
+        .unwrap();
+        assert!(!ram.is_populated(), "it was stopped after the first step");
+        ram.populate(|| false).unwrap();
+        assert!(ram.is_populated());
+        assert_eq!(rustix::fs::fstat(ram.fd()).unwrap().st_blocks * 512, size as i64);
+        let mut all = vec![0xff; size as usize];
+        ram.mapping().read(0, &mut all).unwrap();
+        assert!(all.iter().enumerate().all(|(at, byte)| *byte == if (4096..4099).contains(&at) { 7 } else { 0 }));
     }
 
     #[test]

@@ -63,7 +63,8 @@ pub struct Downtime {
     pub last_drain: f64,
     pub last_pages: f64,
     pub device_state: f64,
-    pub digest: f64,
+    /// The digest compared, and the destination's devices leaving RESUMING, where they judge what they were given
+    pub validation: f64,
     /// Journal and COMMIT
     pub commit: f64,
     /// From COMMIT sent to COMMITTED received: the destination's journal, devices and guest, and one round trip
@@ -81,7 +82,7 @@ impl Downtime {
             last_drain: ms(Phase::LastDrain),
             last_pages: ms(Phase::LastPages),
             device_state: ms(Phase::DeviceState),
-            digest: ms(Phase::Digest),
+            validation: ms(Phase::Digest),
             commit: ms(Phase::Committing),
             resume: ms(Phase::Resuming),
             resume_at_destination: resume_us as f64 / 1000.0,
@@ -90,7 +91,7 @@ impl Downtime {
 
     pub fn total(&self) -> f64 {
         let before = self.pause + self.device_stop + self.last_drain + self.last_pages;
-        before + self.device_state + self.digest + self.commit + self.resume
+        before + self.device_state + self.validation + self.commit + self.resume
     }
 }
 

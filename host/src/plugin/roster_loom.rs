@@ -16,6 +16,10 @@ struct Life {
     ready: AtomicU32,
     retired: AtomicU32,
     open: AtomicU32,
+    /// Set by who registers it, once its place is taken
+    begun: AtomicU32,
+    /// Set by who withdrew it, afterwards
+    withdrawn: AtomicU32,
 }
 
 #[derive(Debug, Clone)]
@@ -23,7 +27,8 @@ struct Fake(LoomArc<Life>);
 
 impl Fake {
     fn init() -> Self {
-        let life = LoomArc::new(Life { ready: AtomicU32::new(0), retired: AtomicU32::new(0), open: AtomicU32::new(0) });
+        let [ready, retired, open, begun, withdrawn] = std::array::from_fn(|_| AtomicU32::new(0));
+        let life = LoomArc::new(Life { ready, retired, open, begun, withdrawn });
         life.ready.store(1, Ordering::Relaxed);
         Self(life)
     }
@@ -61,14 +66,20 @@ fn open(roster: &Arc<Fakes>, limit: u32) -> Option<Hold<u32, Fake>> {
         if entry.standing != Standing::Published {
             continue;
         }
-        let Some(hold) = roster.hold(entry.id, "device") else { continue };
-        hold.member().call();
-        if hold.seat(limit).is_ok() {
-            hold.member().0.open.fetch_add(1, Ordering::Relaxed);
+        if let Some(hold) = roster.hold(entry.id, "device").and_then(|hold| taken(hold, limit)) {
             return Some(hold);
         }
     }
     None
+}
+
+fn taken(hold: Hold<u32, Fake>, limit: u32) -> Option<Hold<u32, Fake>> {
+    hold.member().call();
+    let withdrawn = hold.member().0.withdrawn.load(Ordering::Acquire);
+    hold.seat(limit).ok()?;
+    assert_eq!(withdrawn, 0, "given away after its withdrawal");
+    hold.member().0.open.fetch_add(1, Ordering::Relaxed);
+    Some(hold)
 }
 
 fn close(hold: Hold<u32, Fake>) {
@@ -86,8 +97,11 @@ fn loom_an_open_during_registration_sees_all_or_nothing() {
             let id = registering.reserve(Arc::new(1), u32::eq).unwrap();
             registering.publish(id, Fake::init()).unwrap();
         });
-        if let Some(hold) = open(&roster, 1) {
-            close(hold);
+        for entry in roster.survey().unwrap() {
+            if entry.standing == Standing::Published {
+                // Nobody withdraws it here: who sees it can have it, and what its init did.
+                close(taken(roster.hold(entry.id, "device").expect("visible and not there"), 1).unwrap());
+            }
         }
         thread.join().unwrap();
         close(open(&roster, 1).expect("it is registered by now"));
@@ -97,7 +111,7 @@ fn loom_an_open_during_registration_sees_all_or_nothing() {
 /// spec: REG-8 REG-9
 #[test]
 fn loom_the_last_of_closers_and_unregistration_retires_once_and_nothing_runs_afterwards() {
-    // All interleavings take a minute and a half, and were explored; those of five preemptions take seconds.
+    // All interleavings take minutes; those of five preemptions take seconds.
     let mut bounded = loom::model::Builder::new();
     bounded.preemption_bound = Some(5);
     bounded.check(|| {
@@ -113,6 +127,7 @@ fn loom_the_last_of_closers_and_unregistration_retires_once_and_nothing_runs_aft
             })
             .collect();
         assert!(roster.withdraw(id));
+        fake.0.withdrawn.store(1, Ordering::Release);
         roster.wait_gone(id, some_day()).unwrap();
         assert_eq!(fake.0.retired.load(Ordering::Relaxed), 1, "waiting ended before it was retired");
         threads.into_iter().for_each(|thread| thread.join().unwrap());
@@ -144,24 +159,22 @@ fn loom_the_limit_holds_however_opens_race() {
 #[test]
 fn loom_shutting_down_waits_for_a_registration_that_had_begun() {
     loom::model(|| {
-        let roster = Fakes::new();
-        let registering = Arc::clone(&roster);
-        let thread = thread::spawn(move || {
-            let fake = Fake::init();
-            let published = match registering.reserve(Arc::new(1), u32::eq) {
-                Ok(id) => registering.publish(id, fake.clone()).is_ok(),
-                Err(Refused::Closed) => return None,
-                Err(other) => panic!("{other:?}"),
-            };
-            Some((fake, published))
+        let (roster, fake) = (Fakes::new(), Fake::init());
+        let (registering, member) = (Arc::clone(&roster), fake.clone());
+        let thread = thread::spawn(move || match registering.reserve(Arc::new(1), u32::eq) {
+            Ok(id) => {
+                member.0.begun.store(1, Ordering::Relaxed);
+                let _known = registering.publish(id, member);
+            }
+            Err(refused) => assert_eq!(refused, Refused::Closed),
         });
         for id in roster.close() {
             assert!(roster.withdraw(id));
         }
         roster.wait_empty(some_day()).unwrap();
-        if let Some((fake, _)) = thread.join().unwrap() {
-            assert_eq!(fake.0.retired.load(Ordering::Relaxed), 1, "it outlived the shutdown");
-        }
+        let [begun, retired] = [&fake.0.begun, &fake.0.retired].map(|flag| flag.load(Ordering::Relaxed));
+        assert_eq!(begun, retired, "it outlived the shutdown");
         assert!(roster.list().is_empty());
+        thread.join().unwrap();
     });
 }

@@ -14,8 +14,8 @@ struct Call {
     argument: *mut c_void,
 }
 
-// SAFETY: the opcode is `_IO(';', n)` and the argument is what the caller of `with_pointer` or `with_value` vouches for;
-// the calls are marked as mutating whether they write to user memory or not. The output is the plain return value.
+// SAFETY: opcode and argument are what the caller of `with_pointer`, `with_value` or `with_opcode` vouches for; the calls are
+// marked as mutating whether they write to user memory or not. The output is the plain return value.
 unsafe impl Ioctl for Call {
     type Output = IoctlOutput;
 
@@ -53,4 +53,13 @@ pub(super) unsafe fn with_value(fd: BorrowedFd<'_>, number: u8, value: usize) ->
     let argument = std::ptr::without_provenance_mut::<c_void>(value);
     // SAFETY: the caller's promise; the number is never dereferenced.
     unsafe { ioctl(fd, Call { opcode: opcode::none(TYPE, number), argument }) }
+}
+
+/// Calls by a whole opcode with a pointer or a number: for interfaces that are not VFIO's, which encode more than a number.
+///
+/// # Safety
+/// As [`with_pointer`] or [`with_value`], whichever the handler of `opcode` takes.
+pub(super) unsafe fn with_opcode(fd: BorrowedFd<'_>, opcode: Opcode, argument: *mut c_void) -> io::Result<IoctlOutput> {
+    // SAFETY: the caller's promise is the promise that `Ioctl` asks for.
+    unsafe { ioctl(fd, Call { opcode, argument }) }
 }

@@ -101,6 +101,12 @@ impl IoSpace {
         Ok(Self::new(Handle::Ioas { iommufd: fd, id }))
     }
 
+    /// A space of nothing, for tests of those who open devices into one.
+    #[cfg(test)]
+    pub fn fake() -> Self {
+        Self::new(Handle::Fake(Mutex::default()))
+    }
+
     fn new(handle: Handle) -> Self {
         Self { handle, entries: Mutex::default(), settled: Condvar::new() }
     }

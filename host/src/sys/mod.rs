@@ -9,6 +9,7 @@ mod eventfd;
 mod ioctl;
 pub mod iommufd;
 mod iospace;
+pub mod kvm;
 mod mapping;
 mod membarrier;
 mod memfd;

@@ -79,7 +79,7 @@ impl Setup {
                 .iter()
                 .map(|name| DeviceConfig { name: name.parse().unwrap(), open: OpenBy::Auto, vf_token: None })
                 .collect(),
-            plugins: if self.plugin { vec![edu_plugin()] } else { Vec::new() },
+            plugins: if self.plugin { vec![edu_plugin().into()] } else { Vec::new() },
             memory: Some(self.memory.to_string().parse().unwrap()),
             control_socket: Some(folder.join("socket")),
             state_dir: Some(folder.to_path_buf()),

@@ -36,7 +36,7 @@ fn phases_come_in_order_and_the_report_accounts_for_the_downtime() {
     assert!(report.zero_pages > 0 && report.zero_pages < report.pages_sent);
     let part = &report.downtime;
     let sum = part.pause + part.device_stop + part.last_drain + part.last_pages + part.device_state;
-    let sum = sum + part.digest + part.commit + part.resume;
+    let sum = sum + part.validation + part.commit + part.resume;
     assert!(
         (report.downtime_ms - sum).abs() < 1e-9 && report.downtime_ms > 0.0 && report.downtime_ms < report.total_ms
     );

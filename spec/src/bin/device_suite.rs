@@ -6,11 +6,12 @@
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 use vfio_mediate::device::vfio::{Options, VfToken, VfioDevice};
-use vfio_mediate::device::{Device, ErrorKind};
+use vfio_mediate::device::{Backend, Device, ErrorKind};
 use vfio_mediate_spec::device_suite::{self, Line, Verdict};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -23,6 +24,8 @@ enum Kind {
     Mtty,
     /// Any PCI device
     Device,
+    /// Any PCI device, and a VM of KVM
+    Kvm,
     /// A PF on vfio-pci with `enable_sriov`: it gets a VF, which opens with the PF's token only
     Pf,
 }
@@ -68,13 +71,16 @@ fn main() -> ExitCode {
 
 /// The number of failures.
 fn run(arguments: &Arguments) -> Result<usize> {
+    if arguments.kind == Kind::Kvm {
+        return with_vm(arguments);
+    }
     let device = open(&arguments.name, arguments.how, &Options::default())?;
     let kind = device_suite::kind(device.identity());
     let is_expected = match arguments.kind {
         Kind::Edu => kind == "edu",
         Kind::Igbvf => kind == "igbvf",
         Kind::Mtty => kind == "mtty",
-        Kind::Device | Kind::Pf => true,
+        Kind::Device | Kind::Kvm | Kind::Pf => true,
     };
     if !is_expected {
         println!("FAIL {}: it is not {:?} but {kind}", arguments.name, arguments.kind);
@@ -91,7 +97,22 @@ fn run(arguments: &Arguments) -> Result<usize> {
         let second = open(second, arguments.how, &options)?;
         failures += device_suite::run_pair(&device, &second, &arguments.case, print)?;
     }
+    if matches!(arguments.kind, Kind::Edu | Kind::Igbvf) {
+        // At last, since they mediate it and so have it for themselves.
+        let device: Arc<dyn Device> = Arc::new(device);
+        failures += device_suite::maps::run(&device, &arguments.case, print)?;
+    }
     Ok(failures)
+}
+
+fn with_vm(arguments: &Arguments) -> Result<usize> {
+    device_suite::kvm::is_ready().context("this machine's KVM")?;
+    let backend = match arguments.how {
+        How::Group => Backend::VfioGroup,
+        How::Cdev => Backend::VfioCdev,
+    };
+    let names = std::iter::once(&arguments.name).chain(&arguments.second);
+    names.map(|name| device_suite::kvm::run(name, backend, &arguments.case, |line| println!("{line}"))).sum()
 }
 
 /// Not of every device, hence not in the suite: an IOMMU that tracks dirty pages, or says that it does not.

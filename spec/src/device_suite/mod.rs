@@ -8,6 +8,8 @@ mod bench;
 mod edu;
 mod generic;
 mod igbvf;
+pub mod kvm;
+pub mod maps;
 mod migration;
 mod power;
 

@@ -38,6 +38,7 @@ pub fn all(programs: &Programs) -> Vec<Case> {
         mtty(programs),
         mtty_hosts(programs),
         vf_token(programs),
+        kvm(programs),
         low_power(programs),
         demo(programs),
         demo_pair(programs),
@@ -114,6 +115,28 @@ exit $code";
         machine,
         pair: false,
         least_ok: 2,
+    }
+}
+
+/// The lab machine's KVM, which is emulated as its processor is; this machine's is not touched.
+fn kvm(programs: &Programs) -> Case {
+    let script = "
+mount -t debugfs debugfs /sys/kernel/debug || exit 1
+code=0
+for open in group cdev; do
+    device-suite kvm $open $EDU0 || code=1
+    device-suite kvm $open $VF0 || code=1
+done
+exit $code";
+    let mut machine = machine(&[&programs.device_suite], script);
+    machine.modules = vec!["kvm_amd"];
+    machine.edus = 1;
+    Case {
+        name: "kvm",
+        about: "KVM learns of a device's file and lets it go, by group and by cdev; VMs exit while devices are open",
+        machine,
+        pair: false,
+        least_ok: 32,
     }
 }
 

@@ -312,7 +312,7 @@ impl MachineArgs {
             draft.devices = self.devices.iter().map(device).collect();
         }
         if !self.plugins.is_empty() {
-            draft.plugins.clone_from(&self.plugins);
+            draft.plugins = self.plugins.iter().cloned().map(Into::into).collect();
         }
         draft.memory = self.memory.or(draft.memory);
         draft.state_dir = self.state_dir.clone().or(draft.state_dir);

@@ -13,7 +13,7 @@ pub(super) fn run(args: &DoctorArgs, json: bool) -> Result<Exit, CliError> {
     let memory = draft.memory.map(MemorySize::new).transpose();
     let wanted = Wanted {
         devices: draft.devices,
-        plugins: draft.plugins,
+        plugins: draft.plugins.into_iter().map(|plugin| plugin.path).collect(),
         memory: memory.map_err(|what| ConfigError::Whole { key: "memory", what })?,
         state_dir: Some(draft.state_dir.unwrap_or_else(default_state_dir)),
     };

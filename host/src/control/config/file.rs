@@ -12,7 +12,7 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 
 use super::{
     Bandwidth, ConfigError, DeviceConfig, DeviceName, Draft, FILE_MAX, Limits, MS_MAX, MemorySize, OnStall, OpenBy,
-    ROUNDS_MAX,
+    PLUGIN_DEVICES_MAX, PluginConfig, ROUNDS_MAX,
 };
 use crate::control::address;
 use crate::control::units::ByteSize;
@@ -23,7 +23,7 @@ use crate::device::vfio::VfToken;
 struct File {
     memory: Option<Memory>,
     #[serde(default)]
-    plugins: Vec<PathBuf>,
+    plugins: Vec<Plugin>,
     control_socket: Option<PathBuf>,
     state_dir: Option<PathBuf>,
     #[serde(default)]
@@ -57,6 +57,52 @@ struct MigrationTable {
     record_ms_max: Option<Milliseconds>,
 }
 
+/// `"FILE"`, or `{ file = "FILE", devices_max = 4 }`.
+#[derive(Debug)]
+struct Plugin {
+    file: PathBuf,
+    devices_max: Option<Devices>,
+}
+
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PluginTable {
+    file: PathBuf,
+    devices_max: Option<Devices>,
+}
+
+impl<'de> Deserialize<'de> for Plugin {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct FileOrTable;
+        impl<'de> Visitor<'de> for FileOrTable {
+            type Value = Plugin;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string with a file's path, or a table { file, devices_max }")
+            }
+
+            fn visit_str<E: de::Error>(self, file: &str) -> Result<Plugin, E> {
+                Ok(Plugin { file: file.into(), devices_max: None })
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, table: A) -> Result<Plugin, A::Error> {
+                let table = PluginTable::deserialize(de::value::MapAccessDeserializer::new(table))?;
+                Ok(Plugin { file: table.file, devices_max: table.devices_max })
+            }
+        }
+        deserializer.deserialize_any(FileOrTable)
+    }
+}
+
+impl Plugin {
+    fn below(self, folder: &Path) -> PluginConfig {
+        // Bounded by PLUGIN_DEVICES_MAX, a u32.
+        let limit = |limit: Devices| u32::try_from(limit.0).unwrap_or(PLUGIN_DEVICES_MAX);
+        let devices_max = self.devices_max.map_or(PLUGIN_DEVICES_MAX, limit);
+        PluginConfig { path: folder.join(self.file), devices_max }
+    }
+}
+
 /// A string that `T` parses.
 #[derive(Debug)]
 struct Text<T>(T);
@@ -84,6 +130,7 @@ impl<'de> Deserialize<'de> for Memory {
 struct Bounded<const MAX: u64>(u64);
 
 type Milliseconds = Bounded<MS_MAX>;
+type Devices = Bounded<{ PLUGIN_DEVICES_MAX as u64 }>;
 type Rounds = Bounded<{ ROUNDS_MAX as u64 }>;
 
 impl<'de, const MAX: u64> Deserialize<'de> for Bounded<MAX> {
@@ -132,7 +179,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
     })?;
     let folder = path.parent().unwrap_or(Path::new(""));
     let mut draft = Draft {
-        plugins: file.plugins.iter().map(|plugin| folder.join(plugin)).collect(),
+        plugins: file.plugins.into_iter().map(|plugin| plugin.below(folder)).collect(),
         memory: file.memory.map(|memory| memory.0),
         control_socket: file.control_socket.map(|socket| folder.join(socket)),
         state_dir: file.state_dir.map(|state| folder.join(state)),

@@ -20,6 +20,8 @@ use crate::memory::{PAGE_SIZE, RAM_SIZE_MAX};
 pub const DEVICES_MAX: usize = 64;
 /// Most plug-ins of one host.
 pub const PLUGINS_MAX: usize = 64;
+/// Most devices of one plug-in, unless the operator says less.
+pub const PLUGIN_DEVICES_MAX: u32 = 256;
 /// Largest configuration file, in bytes.
 pub const FILE_MAX: u64 = 1 << 20;
 /// Longest time that may be configured: a day.
@@ -128,6 +130,20 @@ pub struct DeviceConfig {
     pub vf_token: Option<VfToken>,
 }
 
+/// A plug-in to load.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PluginConfig {
+    pub path: PathBuf,
+    /// Devices that it may have open at once, 1 to [`PLUGIN_DEVICES_MAX`]; one more is refused (EUSERS)
+    pub devices_max: u32,
+}
+
+impl From<PathBuf> for PluginConfig {
+    fn from(path: PathBuf) -> Self {
+        Self { path, devices_max: PLUGIN_DEVICES_MAX }
+    }
+}
+
 /// Guest memory in bytes: a positive multiple of the page size, not more than the host supports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemorySize(u64);
@@ -202,7 +218,7 @@ pub struct Limits {
 pub struct Config {
     pub devices: Vec<DeviceConfig>,
     /// In the operator's order: the first that claims a device has it
-    pub plugins: Vec<PathBuf>,
+    pub plugins: Vec<PluginConfig>,
     pub memory: MemorySize,
     pub control_socket: PathBuf,
     /// The migration journal's folder; one host at a time
@@ -217,7 +233,7 @@ pub struct Config {
 #[derive(Debug, Clone, Default)]
 pub struct Draft {
     pub devices: Vec<DeviceConfig>,
-    pub plugins: Vec<PathBuf>,
+    pub plugins: Vec<PluginConfig>,
     pub memory: Option<ByteSize>,
     pub control_socket: Option<PathBuf>,
     pub state_dir: Option<PathBuf>,

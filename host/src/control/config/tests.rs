@@ -4,7 +4,7 @@ use super::*;
 
 const WHOLE: &str = r#"
 memory = "256M"
-plugins = ["a.so", "/opt/b.so"]
+plugins = ["a.so", { file = "/opt/b.so", devices_max = 4 }]
 control_socket = "control.sock"
 state_dir = "/var/lib/x"
 
@@ -35,7 +35,9 @@ fn complaint(text: &str) -> String {
 fn a_whole_file_becomes_a_whole_configuration() {
     let config = parse(WHOLE).unwrap().finish().unwrap();
     assert_eq!(config.memory.bytes(), 256 << 20);
-    assert_eq!(config.plugins, [PathBuf::from("/etc/a.so"), PathBuf::from("/opt/b.so")]);
+    let plugins: Vec<_> =
+        config.plugins.iter().map(|plugin| (plugin.path.to_str().unwrap(), plugin.devices_max)).collect();
+    assert_eq!(plugins, [("/etc/a.so", PLUGIN_DEVICES_MAX), ("/opt/b.so", 4)]);
     assert_eq!(config.control_socket, Path::new("/etc/control.sock"));
     assert_eq!(config.devices[0].open, OpenBy::Cdev);
     assert!(config.devices[0].vf_token.is_some());
@@ -78,6 +80,9 @@ fn every_error_names_file_line_and_key() {
         ("[[devices]]\nopen = \"group\"", "/etc/vm.toml:1: devices: ", "missing field `device`"),
         ("[[devices]]\ndevice = \"sim:edu\"\nopen = \"group\"", "/etc/vm.toml:1: devices: ", "simulated"),
         ("plugins = [\n  \"a.so\",\n  7,\n]", "/etc/vm.toml:3: plugins: ", "string"),
+        ("plugins = [{ file = \"a.so\", devices = 1 }]", "/etc/vm.toml:1: plugins", "unknown field"),
+        ("plugins = [{ devices_max = 1 }]", "/etc/vm.toml:1: plugins", "missing field `file`"),
+        ("plugins = [{ file = \"a.so\", devices_max = 257 }]", "/etc/vm.toml:1: plugins", "1 to 256"),
         ("memory = ", "/etc/vm.toml:1: memory: ", ""),
         ("=", "/etc/vm.toml:1: the file: ", ""),
     ] {
@@ -88,6 +93,7 @@ fn every_error_names_file_line_and_key() {
     }
 }
 
+/// spec: REG-21
 #[test]
 fn limits_end_where_they_say() {
     for (key, max) in [("downtime_ms_max", MS_MAX), ("record_ms_max", MS_MAX), ("rounds_max", u64::from(ROUNDS_MAX))] {
@@ -95,6 +101,11 @@ fn limits_end_where_they_say() {
             let text = format!("[migration]\n{key} = {value}");
             assert_eq!(parse(&text).is_ok(), fits, "{text}");
         }
+    }
+    let max = PLUGIN_DEVICES_MAX;
+    for (value, fits) in [(0, false), (1, true), (max - 1, true), (max, true), (max + 1, false)] {
+        let text = format!("plugins = [{{ file = \"a.so\", devices_max = {value} }}]");
+        assert_eq!(parse(&text).is_ok(), fits, "{text}");
     }
 }
 

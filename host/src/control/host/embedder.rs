@@ -4,12 +4,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::control::machine::Machine;
+use crate::kvm;
 use crate::mediation::{VmmError, VmmPort};
 use crate::memory::DirtyLog;
 use crate::migration::cause::{Phase, Role};
 
 /// Brings the VMM, and watches. Every method may be called from any thread of the host's, under none of its locks.
 pub trait Embedder: Send + Sync + 'static {
+    /// The VM that is to know the devices' VFIO files, asked for before any is opened. The embedder keeps the [`kvm::Vm`] and drops it
+    /// when the VM exits. None where there is no KVM, or where the VMM cannot be reached: devices work without.
+    fn kvm(&self) -> Option<kvm::Handle> {
+        None
+    }
+
     /// Makes the VMM for this machine. Its guest must not run before [`VmmPort::resume`]. On a host that awaits a guest, guest
     /// memory must not be written before that either: a page that the source has as zeroes is not sent into memory that
     /// was never written.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::migration::transport::Transport;
 use crate::migration::wire::HEADER_LENGTH;
+use crate::sys::Mapping;
 
 /// For the first record to arrive whole, however long answers may take later.
 pub(super) const GREETING_PATIENCE: Duration = Duration::from_secs(5);
@@ -55,6 +56,14 @@ impl<T: Transport> Transport for Greeting<T> {
         let count = self.link.receive(buffer)?;
         self.look(buffer.get(..count).unwrap_or(&[]));
         Ok(count)
+    }
+
+    fn receive_into(&mut self, memory: &Mapping, offset: u64, length: u64) -> Result<u64> {
+        match self.deadline {
+            None => self.link.receive_into(memory, offset, length),
+            // Nobody has memory to place anything into before he was greeted.
+            Some(_) => Err(ErrorKind::Unsupported.into()),
+        }
     }
 
     fn peer(&self) -> String {

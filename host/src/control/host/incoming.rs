@@ -41,6 +41,14 @@ fn wait_readable(listener: &TcpListener) {
 }
 
 impl Host {
+    /// A guest that comes finds its memory there.
+    pub(super) fn populate(self: &Arc<Self>) {
+        let Some(memory) = self.with_machine(|machine| Arc::clone(&machine.memory)) else { return };
+        if let Err(error) = memory.ram().populate(|| lock(&self.state).stopping) {
+            tracing::info!(%error, "guest memory is made as the guest comes");
+        }
+    }
+
     pub(super) fn await_guests(self: &Arc<Self>) {
         let Some(listener) = &self.listener else { return };
         loop {

@@ -143,7 +143,7 @@ impl Host {
                 return Err(StartError::InDoubt { id, peer, explanation, folder });
             }
         }
-        let machine = Machine::build(&config)?;
+        let machine = Machine::build(&config, embedder.kvm())?;
         let vmm = embedder.vmm(&machine).map_err(StartError::Embedder)?;
         let listener = config.listen.map(incoming::listen).transpose()?;
         let here = listener.is_none();
@@ -179,6 +179,7 @@ impl Host {
             vmm.resume().map_err(|error| StartError::Embedder(error.to_string()))?;
             host.embedder.running();
         } else {
+            host.spawn("guest RAM", Self::populate).map_err(StartError::Thread)?;
             host.spawn("migrations in", Self::await_guests).map_err(StartError::Thread)?;
         }
         Ok(host)

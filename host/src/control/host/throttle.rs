@@ -7,6 +7,7 @@ use std::io::{Error, ErrorKind, IoSlice, Result};
 use std::time::{Duration, Instant};
 
 use crate::migration::transport::{TICK_MS, Transport};
+use crate::sys::Mapping;
 
 pub(super) struct Throttled {
     inner: Box<dyn Transport>,
@@ -68,6 +69,10 @@ impl Transport for Throttled {
 
     fn receive(&mut self, buffer: &mut [u8]) -> Result<usize> {
         self.inner.receive(buffer)
+    }
+
+    fn receive_into(&mut self, memory: &Mapping, offset: u64, length: u64) -> Result<u64> {
+        self.inner.receive_into(memory, offset, length)
     }
 
     fn peer(&self) -> String {

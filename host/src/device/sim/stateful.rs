@@ -74,11 +74,19 @@ pub struct StatefulOptions {
     pub faults: Arc<FaultPlan>,
     /// What low power makes of it
     pub sleep: Sleep,
+    /// The page size that its log grants, whatever is asked for
+    pub log_page_size: u64,
 }
 
 impl Default for StatefulOptions {
     fn default() -> Self {
-        Self { name: "sim:stateful".to_owned(), time: Time::Real, faults: FaultPlan::none(), sleep: Sleep::default() }
+        Self {
+            name: "sim:stateful".to_owned(),
+            time: Time::Real,
+            faults: FaultPlan::none(),
+            sleep: Sleep::default(),
+            log_page_size: PAGE_SIZE,
+        }
     }
 }
 
@@ -92,6 +100,7 @@ pub struct Stateful {
     pub(super) function: Function,
     memory_fd: std::os::fd::OwnedFd,
     memory: Mapping,
+    pub(super) log_page_size: u64,
     state: Mutex<State>,
 }
 
@@ -132,7 +141,13 @@ impl Stateful {
             loading: None,
             log: None,
         };
-        Ok(Arc::new(Self { function, memory_fd, memory, state: Mutex::new(state) }))
+        let log_page_size = options.log_page_size;
+        Ok(Arc::new(Self { function, memory_fd, memory, log_page_size, state: Mutex::new(state) }))
+    }
+
+    /// Whether its dirty log has been started.
+    pub fn is_logging(&self) -> bool {
+        self.state().log.is_some()
     }
 
     /// Accesses that came to the suspended device, or were in flight when it was suspended: always 0, unless somebody did

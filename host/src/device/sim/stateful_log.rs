@@ -10,10 +10,11 @@ use crate::device::{IovaRange, NativeDmaLogging, Result};
 /// As the kernel: ranges that fit one page of `struct vfio_device_feature_dma_logging_range`.
 const RANGES_MAX: usize = 256;
 
-/// Pages (iova / 4096) written inside the ranges since they were last reported.
+/// Pages of the log's own size (iova / granted) written inside the ranges since they were last reported.
 #[derive(Debug)]
 pub(super) struct Log {
     ranges: Vec<IovaRange>,
+    granted: u64,
     dirty: BTreeSet<u64>,
 }
 
@@ -23,14 +24,14 @@ impl Log {
         for range in &self.ranges {
             let (from, to) = (range.iova.max(iova), range.last.min(last));
             if from <= to {
-                self.dirty.extend(from / PAGE_SIZE..=to / PAGE_SIZE);
+                self.dirty.extend(from / self.granted..=to / self.granted);
             }
         }
     }
 }
 
 impl NativeDmaLogging for Stateful {
-    /// Always grants 4096.
+    /// Grants what it was made to grant, whatever is asked for.
     fn start(&self, ranges: &[IovaRange], page_size: u64) -> Result<u64> {
         let _access = self.function.access("stateful log start")?;
         let refused = |errno| self.function.refused(format!("logging {} ranges", ranges.len()), errno);
@@ -55,18 +56,23 @@ impl NativeDmaLogging for Stateful {
         if sorted[0].iova == 0 && sorted[0].last == u64::MAX {
             return Err(refused(Errno::OVERFLOW));
         }
-        state.log = Some(Log { ranges: sorted, dirty: BTreeSet::new() });
-        Ok(PAGE_SIZE)
+        state.log = Some(Log { ranges: sorted, granted: self.log_page_size.max(1), dirty: BTreeSet::new() });
+        Ok(self.log_page_size)
     }
 
     /// EINVAL outside the logged ranges, where nobody knows. What is reported is forgotten, and a failure that a plan
-    /// injects comes after that.
+    /// injects comes after that. Of a page of the log that reaches beyond `range` only what is inside is told, and all of it
+    /// forgotten.
     fn report(&self, range: IovaRange, page_size: u64, bitmap: &mut [u64]) -> Result<()> {
         let taken = self.take_dirty(range, page_size, bitmap.len());
         let _access = self.function.access("stateful log report")?;
         for page in taken? {
-            let bit = (page.saturating_mul(PAGE_SIZE).max(range.iova) - range.iova) / page_size;
-            bitmap[(bit / 64) as usize] |= 1 << (bit % 64);
+            let first = page.saturating_mul(self.log_page_size);
+            let last = first.saturating_add(self.log_page_size - 1).min(range.last);
+            let bit = |iova: u64| (iova.max(range.iova) - range.iova) / page_size;
+            for bit in bit(first)..=bit(last) {
+                bitmap[(bit / 64) as usize] |= 1 << (bit % 64);
+            }
         }
         Ok(())
     }
@@ -93,7 +99,7 @@ impl Stateful {
         if !log.ranges.iter().any(|logged| logged.iova <= range.iova && range.last <= logged.last) {
             return Err(refused());
         }
-        let (first, last) = (range.iova / PAGE_SIZE, range.last / PAGE_SIZE);
+        let (first, last) = (range.iova / log.granted, range.last / log.granted);
         let taken: Vec<u64> = log.dirty.range(first..=last).copied().collect();
         taken.iter().for_each(|page| {
             log.dirty.remove(page);

@@ -1,8 +1,16 @@
 //! The I/O address space of one VM's devices: a container for devices opened by group, an iommufd for those by cdev.
 //!
 //! **Owns** the container or iommufd, and the group fds. **Must never** leave a group open that no device needs.
-//! Locks: `groups`, taken only to open and to close a device. It is held across those calls on purpose: joining,
-//! choosing the IOMMU and leaving are one step each for the other devices of the VM.
+//! Locks: `groups`, taken only to open and to close a device. It is held across joining, choosing the IOMMU and leaving on
+//! purpose: they are one step each for the other devices of the VM. KVM's references are taken and put outside it: the last
+//! one ends a VM, which may close devices.
+//!
+//! ```text
+//!   by group:  open the node, join (counted) --+                                   +-- GET_DEVICE_FD
+//!                                              +-- KVM learns of the file -- then -+
+//!   by cdev:   open the node ------------------+                                   +-- BIND_IOMMUFD, ATTACH
+//! ```
+//! Closing goes back the same way; KVM keeps a file open until it has been taken back, so that comes first.
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
@@ -11,13 +19,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{self, Errno};
 use vfio_bindings::bindings::vfio::{VFIO_GROUP_FLAGS_VIABLE, vfio_iommu_type1_info};
 
 use super::caps;
+use super::kernel::{Kernel, Real};
 use crate::device::{Backend, IovaRange};
-use crate::sys::{IoMap, IoSpace, iommufd, vfio};
+use crate::kvm;
+use crate::sys::{IoMap, IoSpace, iommufd};
 
 /// What an operator may have to do before the failure goes away; `errno` is the kernel's.
 #[derive(Debug)]
@@ -34,6 +43,7 @@ fn because<T>(result: io::Result<T>, what: impl FnOnce() -> String) -> Result<T,
 #[derive(Debug)]
 pub struct Iommu {
     space: IoSpace,
+    kernel: Box<dyn Kernel>,
     groups: Mutex<BTreeMap<u32, Group>>,
     next_user: AtomicU64,
 }
@@ -41,13 +51,24 @@ pub struct Iommu {
 /// Closed with its last device. The kernel takes a group out of the container when its fd is closed.
 #[derive(Debug)]
 struct Group {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     devices: u32,
+    /// That knows it; one VM at a time
+    vm: Option<kvm::Handle>,
 }
 
-/// A device's place in the address space. Dropped after the device's fd: its maps leave, then its group.
+/// Another device of the group is this VM's, or nobody's.
+fn is_of(group: &Group, vm: Option<&kvm::Handle>) -> bool {
+    match (&group.vm, vm) {
+        (Some(theirs), Some(ours)) => theirs.is_same_vm(ours) || theirs.has_ended(),
+        _ => true,
+    }
+}
+
+/// A device's place in the address space. Dropped after the device's fd: KVM lets the file go, the maps leave, then the group.
 #[derive(Debug)]
 pub(super) struct Membership {
+    kvm: Option<kvm::Reference>,
     iommu: Arc<Iommu>,
     user: u64,
     group: Option<u32>,
@@ -55,23 +76,32 @@ pub(super) struct Membership {
     device_id: Option<u32>,
 }
 
-pub(super) fn open_node(path: &Path) -> io::Result<OwnedFd> {
-    open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+/// The one way in, by group and by cdev: KVM learns of the file, then `open` makes a device of it. What fails leaves KVM without it.
+fn introduced<T>(
+    vm: Option<&kvm::Handle>,
+    file: &Arc<OwnedFd>,
+    open: impl FnOnce() -> Result<T, IommuError>,
+) -> Result<(T, Option<kvm::Reference>), IommuError> {
+    let reference = vm.map(|vm| vm.take(file)).transpose().map_err(|error| match error {
+        kvm::KvmError::Refused { what, errno } => IommuError { what, errno },
+        other => IommuError { what: other.to_string(), errno: other.errno() },
+    })?;
+    Ok((open()?, reference))
 }
 
 impl Iommu {
     /// A container (`/dev/vfio/vfio`), for devices opened by group.
     pub fn container() -> io::Result<Arc<Self>> {
-        Ok(Self::new(IoSpace::container(open_node(Path::new("/dev/vfio/vfio"))?)?))
+        Ok(Self::new(IoSpace::container(Real.open_node(Path::new("/dev/vfio/vfio"))?)?, Box::new(Real)))
     }
 
     /// An iommufd (`/dev/iommu`) with one IOAS, for devices opened by cdev.
     pub fn iommufd() -> io::Result<Arc<Self>> {
-        Ok(Self::new(IoSpace::ioas(open_node(Path::new("/dev/iommu"))?)?))
+        Ok(Self::new(IoSpace::ioas(Real.open_node(Path::new("/dev/iommu"))?)?, Box::new(Real)))
     }
 
-    fn new(space: IoSpace) -> Arc<Self> {
-        Arc::new(Self { space, groups: Mutex::default(), next_user: AtomicU64::new(0) })
+    pub(super) fn new(space: IoSpace, kernel: Box<dyn Kernel>) -> Arc<Self> {
+        Arc::new(Self { space, kernel, groups: Mutex::default(), next_user: AtomicU64::new(0) })
     }
 
     /// Which devices may share it.
@@ -85,7 +115,13 @@ impl Iommu {
     }
 
     fn member(self: &Arc<Self>, group: Option<u32>, device_id: Option<u32>) -> Membership {
-        Membership { iommu: self.clone(), user: self.next_user.fetch_add(1, Ordering::Relaxed), group, device_id }
+        Membership {
+            kvm: None,
+            iommu: self.clone(),
+            user: self.next_user.fetch_add(1, Ordering::Relaxed),
+            group,
+            device_id,
+        }
     }
 
     /// Opens the group's node, joins it to the container, and opens the device `name` (as GET_DEVICE_FD takes it).
@@ -94,56 +130,83 @@ impl Iommu {
         number: u32,
         node: &Path,
         name: &CStr,
+        vm: Option<&kvm::Handle>,
         unviable: impl FnOnce() -> String,
-    ) -> Result<(OwnedFd, Membership), IommuError> {
+    ) -> Result<(Arc<OwnedFd>, Membership), IommuError> {
+        // Dropped in the reverse order: the group is left last, and closed with its last device.
+        let mut membership;
+        let group;
+        (group, membership) = self.enter_group(number, node, vm, unviable)?;
+        let (device, reference) = introduced(vm, &group, || {
+            because(self.kernel.group_device_fd(group.as_fd(), name), || {
+                format!("group {number} does not hand the device out")
+            })
+        })?;
+        membership.kvm = reference;
+        Ok((Arc::new(device), membership))
+    }
+
+    /// The group, opened and joined by its first device; the membership counts.
+    fn enter_group(
+        self: &Arc<Self>,
+        number: u32,
+        node: &Path,
+        vm: Option<&kvm::Handle>,
+        unviable: impl FnOnce() -> String,
+    ) -> Result<(Arc<OwnedFd>, Membership), IommuError> {
         let mut groups = self.groups();
+        if groups.get(&number).is_some_and(|group| !is_of(group, vm)) {
+            let what = format!("group {number} has a device that was opened for another VM");
+            return Err(IommuError { what, errno: Errno::INVAL });
+        }
         let group = match groups.remove(&number) {
             Some(group) => group,
-            None => Group { fd: self.join(number, node, unviable)?, devices: 0 },
+            None => Group { fd: Arc::new(self.join(number, node, unviable)?), devices: 0, vm: None },
         };
-        let device = vfio::group_device_fd(group.fd.as_fd(), name);
-        let devices = group.devices + u32::from(device.is_ok());
-        if devices > 0 {
-            groups.insert(number, Group { devices, ..group });
-        }
-        let device = because(device, || format!("group {number} does not hand the device out"))?;
-        Ok((device, self.member(Some(number), None)))
+        let fd = Arc::clone(&group.fd);
+        groups.insert(number, Group { devices: group.devices + 1, vm: vm.cloned().or(group.vm), ..group });
+        Ok((fd, self.member(Some(number), None)))
     }
 
     fn join(&self, number: u32, node: &Path, unviable: impl FnOnce() -> String) -> Result<OwnedFd, IommuError> {
-        let group = because(open_node(node), || match node.exists() {
+        let group = because(self.kernel.open_node(node), || match node.exists() {
             true => format!("opening {} (in use by another process, or no permission)", node.display()),
             false => format!("no {}: is the device bound to a VFIO driver?", node.display()),
         })?;
-        let flags = because(vfio::group_status(group.as_fd()), || format!("asking group {number} for its status"))?;
+        let flags =
+            because(self.kernel.group_status(group.as_fd()), || format!("asking group {number} for its status"))?;
         if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
             return Err(IommuError {
                 what: format!("group {number} is not viable: {}", unviable()),
                 errno: Errno::PERM,
             });
         }
-        because(vfio::group_set_container(group.as_fd(), self.space.fd()), || {
+        because(self.kernel.group_set_container(group.as_fd(), &self.space), || {
             format!("joining group {number} to the container")
         })?;
         // The first group chooses; a container whose groups have all left has to choose again.
-        if self.space.type1_info().is_err() {
-            because(self.space.set_type1v2(), || "choosing the type1v2 IOMMU".to_owned())?;
-        }
+        because(self.kernel.choose_type1v2(&self.space), || "choosing the type1v2 IOMMU".to_owned())?;
         Ok(group)
     }
 
-    /// Binds an open cdev to the iommufd and attaches it to the address space.
-    pub(super) fn attach_cdev(
+    /// Opens the device's node, binds it to the iommufd and attaches it to the address space.
+    pub(super) fn open_by_cdev(
         self: &Arc<Self>,
-        device: OwnedFd,
+        node: &Path,
         token: Option<&[u8; 16]>,
-    ) -> Result<(OwnedFd, Membership), IommuError> {
-        let ioas_id = because(self.space.ioas_id().ok_or(Errno::INVAL), || "a container takes no cdev".to_owned())?;
-        let device_id = because(vfio::bind_iommufd(device.as_fd(), self.space.fd(), token), || {
-            "binding to the iommufd (EBUSY: it is open by group, or by another process)".to_owned()
+        vm: Option<&kvm::Handle>,
+    ) -> Result<(Arc<OwnedFd>, Membership), IommuError> {
+        let device = Arc::new(because(self.kernel.open_node(node), || format!("opening {}", node.display()))?);
+        let (device_id, reference) = introduced(vm, &device, || {
+            let device_id = because(self.kernel.bind_iommufd(device.as_fd(), &self.space, token), || {
+                "binding to the iommufd (EBUSY: it is open by group, or by another process)".to_owned()
+            })?;
+            because(self.kernel.attach(device.as_fd(), &self.space), || "attaching to the address space".to_owned())?;
+            Ok(device_id)
         })?;
-        because(vfio::attach_iommufd_pt(device.as_fd(), ioas_id), || "attaching to the address space".to_owned())?;
-        Ok((device, self.member(None, Some(device_id))))
+        let mut membership = self.member(None, Some(device_id));
+        membership.kvm = reference;
+        Ok((device, membership))
     }
 
     fn leave_group(&self, number: u32) {
@@ -203,6 +266,8 @@ impl Membership {
 
 impl Drop for Membership {
     fn drop(&mut self) {
+        // First: KVM keeps the file open as well. And with no lock held: the VM may end by it.
+        drop(self.kvm.take());
         if let Err(errno) = self.iommu.space.forget(self.user) {
             tracing::error!(%errno, "unmapping a closed device's memory; it stays referenced until the VM's I/O space is closed");
         }
@@ -211,3 +276,7 @@ impl Drop for Membership {
         }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+#[path = "open_tests.rs"]
+mod tests;

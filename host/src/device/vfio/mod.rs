@@ -7,6 +7,7 @@
 
 mod caps;
 mod iommu;
+mod kernel;
 mod migration;
 mod open;
 pub mod sysfs;
@@ -45,7 +46,7 @@ pub struct VfioDevice {
     regions: Vec<std::result::Result<Region, Errno>>,
     migration: Option<migration::Migration>,
     dma_logging: Option<migration::DmaLogging>,
-    // Dropped in this order: the fd is closed, then the maps leave, then the group.
+    // Dropped in this order: the fd is closed (by cdev, with KVM's reference if there is one), then the maps leave, then the group.
     fd: Arc<OwnedFd>,
     membership: iommu::Membership,
 }
@@ -71,17 +72,17 @@ impl VfioDevice {
     /// Opens through the device's IOMMU group and a container.
     pub fn open_group(name: &str, options: &Options) -> Result<Self> {
         let (fd, membership) = open::by_group(name, options)?;
-        Self::new(name, Backend::VfioGroup, fd, membership)
+        Self::new(name, Backend::VfioGroup, membership, fd)
     }
 
     /// Opens through the device's own node and an iommufd.
     pub fn open_cdev(name: &str, options: &Options) -> Result<Self> {
         let (fd, membership) = open::by_cdev(name, options)?;
-        Self::new(name, Backend::VfioCdev, fd, membership)
+        Self::new(name, Backend::VfioCdev, membership, fd)
     }
 
-    fn new(name: &str, backend: Backend, fd: OwnedFd, membership: iommu::Membership) -> Result<Self> {
-        let fd = Arc::new(fd);
+    /// On an error the fd goes first, as when the device is dropped: the last parameter is.
+    fn new(name: &str, backend: Backend, membership: iommu::Membership, fd: Arc<OwnedFd>) -> Result<Self> {
         let fail = |what: &str, errno| error(name, format!("open: {what}"), errno);
         let raw = vfio::device_info(fd.as_fd()).map_err(|errno| fail("asking for its information", errno))?;
         let info = DeviceInfo { flags: raw.flags, num_regions: raw.num_regions, num_irqs: raw.num_irqs };

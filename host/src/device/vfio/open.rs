@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::iommu::{Iommu, IommuError, Membership, open_node};
+use super::iommu::{Iommu, IommuError, Membership};
 use super::sysfs::{Severity, Sysfs, foreign_text};
 use super::token::VfToken;
 use crate::device::{Backend, DeviceError, Result};
+use crate::kvm;
 
 /// How to open.
 #[derive(Debug, Clone, Default)]
@@ -20,6 +21,8 @@ pub struct Options {
     pub iommu: Option<Arc<Iommu>>,
     /// For a VF whose PF is on vfio-pci as well
     pub vf_token: Option<VfToken>,
+    /// The VM that is to know the device's file, from before it is opened or bound until it is closed
+    pub kvm: Option<kvm::Handle>,
 }
 
 fn refused(name: &str, what: impl std::fmt::Display, errno: Errno) -> DeviceError {
@@ -55,7 +58,7 @@ fn blockers(sysfs: &Sysfs, name: &str, fallback: String) -> String {
     if blockers.is_empty() { fallback } else { blockers.join("; ") }
 }
 
-pub(super) fn by_group(name: &str, options: &Options) -> Result<(OwnedFd, Membership)> {
+pub(super) fn by_group(name: &str, options: &Options) -> Result<(Arc<OwnedFd>, Membership)> {
     let sysfs = Sysfs::default();
     let group = sysfs.group(name).map_err(|error| refused(name, &error, errno_of(&error)))?;
     let Some(group) = group else {
@@ -77,11 +80,11 @@ pub(super) fn by_group(name: &str, options: &Options) -> Result<(OwnedFd, Member
     };
     let iommu = iommu(name, options, Backend::VfioGroup)?;
     iommu
-        .open_by_group(group, &sysfs.group_node(group), &c_name, unviable)
+        .open_by_group(group, &sysfs.group_node(group), &c_name, options.kvm.as_ref(), unviable)
         .map_err(|error| explain(&sysfs, name, options, error))
 }
 
-pub(super) fn by_cdev(name: &str, options: &Options) -> Result<(OwnedFd, Membership)> {
+pub(super) fn by_cdev(name: &str, options: &Options) -> Result<(Arc<OwnedFd>, Membership)> {
     let sysfs = Sysfs::default();
     let node = sysfs.cdev_node(name).map_err(|error| refused(name, &error, errno_of(&error)))?;
     let Some(node) = node else {
@@ -89,9 +92,8 @@ pub(super) fn by_cdev(name: &str, options: &Options) -> Result<(OwnedFd, Members
         return Err(refused(name, blockers(&sysfs, name, fallback), Errno::NODEV));
     };
     let iommu = iommu(name, options, Backend::VfioCdev)?;
-    let device = open_node(&node).map_err(|errno| refused(name, format!("opening {}", node.display()), errno))?;
     let token = options.vf_token.as_ref().map(VfToken::as_bytes);
-    iommu.attach_cdev(device, token).map_err(|error| explain(&sysfs, name, options, error))
+    iommu.open_by_cdev(&node, token, options.kvm.as_ref()).map_err(|error| explain(&sysfs, name, options, error))
 }
 
 /// Adds to the kernel's errno what it usually means here.

@@ -37,6 +37,7 @@ fn touch(model: &Modelled) {
 }
 
 fn touch_alone(model: &Modelled) {
+    assert_eq!(model.alone.load(Ordering::Relaxed), 0, "two exclusive turns at once");
     model.alone.store(1, Ordering::Relaxed);
     assert_eq!(model.inside.load(Ordering::Relaxed), 0, "an exclusive turn met an access");
     model.alone.store(0, Ordering::Relaxed);
@@ -70,6 +71,27 @@ fn loom_gate_no_access_meets_an_exclusive_turn() {
         change(&model, Standing::OPEN);
         reader.join().unwrap();
         assert!(access(&model, 1));
+    });
+}
+
+/// An access that takes the quick way, and goes the other way where that does not let it in: as the dispatcher does.
+/// spec: GATE-1 GATE-2
+#[test]
+fn loom_gate_the_quick_way_in_meets_no_exclusive_turn() {
+    loom::model(|| {
+        let model = open();
+        let other = model.clone();
+        let reader = thread::spawn(move || match other.gate.enter_quickly_at(0, Class::Memory) {
+            Some(pass) => {
+                touch(&other);
+                pass.leave();
+            }
+            None => _ = access(&other, 0),
+        });
+        change(&model, Standing::OPEN);
+        reader.join().unwrap();
+        assert!(model.gate.enter_quickly_at(OVERFLOW, Class::Memory).is_none(), "only slots of one's own are quick");
+        assert!(model.gate.enter_quickly_at(1, Class::Memory).is_some());
     });
 }
 
@@ -150,5 +172,26 @@ fn loom_gate_disabled_memory_is_never_reached() {
         reader.join().unwrap();
         assert!(!access(&model, 1));
         assert!(model.gate.enter_at(1, Class::Control).is_ok());
+    });
+}
+
+/// Opening is many relaxed stores and one release; whoever is admitted has seen them all, whoever is not is refused with EINVAL.
+/// spec: KVM-10 GATE-4
+#[test]
+fn loom_gate_no_access_before_the_bind_completes() {
+    loom::model(|| {
+        let gate = Gate::new(Reason::NotBound);
+        let model = Arc::new(Modelled { gate, alone: AtomicU32::new(0), inside: AtomicU32::new(0) });
+        let bound = Arc::new(AtomicU32::new(0));
+        let (other, published) = (model.clone(), bound.clone());
+        let reader = thread::spawn(move || match other.gate.enter_at(0, Class::Control) {
+            Ok(_pass) => assert_eq!(published.load(Ordering::Relaxed), 1, "an access before the bind"),
+            Err(closed) => assert_eq!(closed.reason.errno(), rustix::io::Errno::INVAL),
+        });
+        let turn = model.gate.close_as(Reason::NotBound, some_day(), Late::Fail).expect("a turn");
+        bound.store(1, Ordering::Relaxed);
+        turn.release(Standing::OPEN);
+        reader.join().unwrap();
+        assert!(access(&model, 1));
     });
 }

@@ -1,10 +1,12 @@
 //! One connection: records out, records in, neither ever half remembered.
 
 use std::io::{ErrorKind, IoSlice};
+use std::sync::Arc;
 
 use crate::migration::cause::Cause;
 use crate::migration::transport::Transport;
 use crate::migration::wire::{Decoder, Direction, Encoder, MigrationId, Record};
+use crate::sys::Mapping;
 
 /// What sending or receiving came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,6 +14,19 @@ pub(super) enum Flow {
     Done,
     Blocked,
 }
+
+/// Where pages go: bytes from `offset` on.
+#[derive(Debug, Clone)]
+pub struct Place {
+    pub memory: Arc<Mapping>,
+    pub offset: u64,
+}
+
+/// Pages, as first and count, that are about to come. `None`: they go through the decoder's buffer.
+pub(super) type Placer<'a> = dyn Fn(u64, u64) -> Result<Option<Place>, Cause> + 'a;
+
+/// Bytes hashed at once: what stays in the first level of a cache.
+const LOOK: usize = 4096;
 
 pub(super) struct Connection {
     transport: Box<dyn Transport>,
@@ -21,6 +36,10 @@ pub(super) struct Connection {
     head: Vec<u8>,
     sent: usize,
     sending: bool,
+    /// Where the pages on their way go, and how far they have come
+    place: Option<(Place, u64)>,
+    /// Placed data pass through here to be hashed: nobody has a reference to guest memory
+    look: Box<[u8]>,
     /// A record was left half sent: nothing that follows would be understood
     broken: bool,
     pub(super) bytes_out: u64,
@@ -41,6 +60,8 @@ impl Connection {
             head: Vec::new(),
             sent: 0,
             sending: false,
+            place: None,
+            look: vec![0; LOOK].into_boxed_slice(),
             broken: false,
             bytes_out: 0,
             bytes_in: 0,
@@ -86,9 +107,22 @@ impl Connection {
         Ok(Flow::Done)
     }
 
-    /// Receives until a record is in hand ([`Decoder::record`]).
-    pub(super) fn receive(&mut self) -> Result<Flow, Cause> {
+    /// Receives until a record is in hand ([`Decoder::record`]). `placer` says where the data of pages may go directly.
+    pub(super) fn receive(&mut self, placer: Option<&Placer<'_>>) -> Result<Flow, Cause> {
         loop {
+            if let (Some((first, count)), Some(placer)) = (self.decoder.pages_ahead(), placer)
+                && let Some(place) = placer(first, count)?
+            {
+                self.decoder.place();
+                self.place = Some((place, 0));
+            }
+            if let Some(left) = self.decoder.left_to_place() {
+                match self.receive_placed(left as u64)? {
+                    Some(false) => continue,
+                    Some(true) => return Ok(Flow::Done),
+                    None => return Ok(Flow::Blocked),
+                }
+            }
             let space = self.decoder.space();
             let count = match self.transport.receive(space) {
                 Ok(0) => {
@@ -107,5 +141,31 @@ impl Connection {
                 return Ok(Flow::Done);
             }
         }
+    }
+
+    /// Some more of the pages on their way. True: that was all; `None`: nothing within a tick.
+    fn receive_placed(&mut self, left: u64) -> Result<Option<bool>, Cause> {
+        let Some((place, done)) = &mut self.place else {
+            return Err(Cause::Internal("pages without a place".into()));
+        };
+        let count = match self.transport.receive_into(&place.memory, place.offset + *done, left) {
+            Ok(0) => return Err(Cause::Link("closed by the other side, inside a record".into())),
+            Ok(count) => count,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+            Err(error) => return Err(link(&error)),
+        };
+        self.bytes_in += count;
+        let (begin, end) = (place.offset + *done, place.offset + *done + count);
+        *done += count;
+        let mut complete = false;
+        for at in (begin..end).step_by(LOOK) {
+            let part = &mut self.look[..LOOK.min((end - at) as usize)];
+            place.memory.read(at, part).map_err(|error| Cause::Memory(error.to_string()))?;
+            complete = self.decoder.placed(part)?;
+        }
+        if complete {
+            self.place = None;
+        }
+        Ok(Some(complete))
     }
 }

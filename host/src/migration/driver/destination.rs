@@ -216,7 +216,7 @@ impl<'h> DestinationDriver<'h> {
             Err(cause) => Performed::Event(Event::Failed(cause)),
         };
         match action {
-            Action::Wait { until_us } => match self.connection.receive() {
+            Action::Wait { until_us } => match self.receive() {
                 Ok(Flow::Done) => Performed::Received,
                 Ok(Flow::Blocked) => Performed::Blocked(*until_us),
                 Err(cause) => Performed::Event(Event::Failed(cause)),
@@ -240,6 +240,7 @@ impl<'h> DestinationDriver<'h> {
                 done(host.set_state(*device, *target, ms_until(now, *until_us)).map_err(Cause::from))
             }
             Action::WritePages => done(self.write_pages()),
+            Action::PlacedPages { first, count } => done(self.wrote(*first, *count)),
             Action::ZeroPages { first, count } => done(self.zero_pages(*first, *count)),
             Action::LoadState { device } => done(self.load_state(*device)),
             Action::Compare => {
@@ -255,6 +256,15 @@ impl<'h> DestinationDriver<'h> {
             }
             Action::End(end) => Performed::Ended(end.clone()),
         }
+    }
+
+    fn receive(&mut self) -> Result<Flow, Cause> {
+        let (machine, host) = (&self.machine, self.job.host);
+        let placer = |first, count| match machine.would_take(first, count) {
+            true => host.place(first, count).map_err(Cause::from),
+            false => Ok(None),
+        };
+        self.connection.receive(Some(&placer))
     }
 
     fn match_offer(&mut self) -> Performed {
@@ -314,6 +324,11 @@ impl<'h> DestinationDriver<'h> {
         };
         self.job.host.write_pages(first, &data)?;
         let count = (data.len() / PAGE) as u64;
+        self.wrote(first, count)
+    }
+
+    /// These pages are in memory.
+    fn wrote(&mut self, first: u64, count: u64) -> Result<(), Cause> {
         for page in first..first + count {
             if let Some(word) = self.written.get_mut((page / 64) as usize) {
                 *word |= 1 << (page % 64);

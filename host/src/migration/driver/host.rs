@@ -5,6 +5,7 @@ use std::fmt::Debug;
 
 use vfio_mediate_sdk::state::{DeviceState, MigrationFlags};
 
+use super::connection::Place;
 use crate::migration::cause::Cause;
 use crate::migration::report::DeviceReport;
 use crate::migration::wire::{DeviceOffer, MemoryCopier, RefuseCode};
@@ -122,6 +123,12 @@ pub trait DestinationHost: Send + Sync {
     fn discard(&self, device: usize) -> Result<()>;
     fn load(&self, device: usize, data: &[u8]) -> Result<()>;
     fn write_pages(&self, first: u64, data: &[u8]) -> Result<()>;
+    /// Where these pages may be received directly. What is there is garbage until the record that brought it is complete.
+    /// `None`: they come by [`Self::write_pages`].
+    fn place(&self, first: u64, count: u64) -> Result<Option<Place>> {
+        let _ = (first, count);
+        Ok(None)
+    }
     fn zero_pages(&self, first: u64, count: u64) -> Result<()>;
     /// For `verify`.
     fn read_pages(&self, first: u64, data: &mut [u8]) -> Result<()>;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use vfio_mediate_sdk::state::DeviceState;
 
+use super::connection::Place;
 use super::host::{
     DestinationHost, DestinationShape, DirtyDrain, HostError, OfferedDevice, Remaining, Result, Saved, SourceHost,
     SourceOffer,
@@ -25,8 +26,6 @@ pub struct MediatedHost {
     vmm: Arc<dyn VmmPort>,
     /// Guest memory has never been written
     fresh: AtomicBool,
-    /// ... nor had it been when this was made: its page tables are empty, and pages go in through the file
-    sparse: bool,
 }
 
 impl std::fmt::Debug for MediatedHost {
@@ -43,7 +42,7 @@ impl MediatedHost {
         vmm: Arc<dyn VmmPort>,
         fresh: bool,
     ) -> Self {
-        Self { devices, memory, vmm, fresh: AtomicBool::new(fresh), sparse: fresh }
+        Self { devices, memory, vmm, fresh: AtomicBool::new(fresh) }
     }
 
     /// The same without one of its devices.
@@ -51,7 +50,7 @@ impl MediatedHost {
         let devices = self.devices.iter().filter(|other| !Arc::ptr_eq(other, device)).cloned().collect();
         let (memory, vmm) = (Arc::clone(&self.memory), Arc::clone(&self.vmm));
         let fresh = AtomicBool::new(self.fresh.load(Ordering::Acquire));
-        Self { devices, memory, vmm, fresh, sparse: self.sparse }
+        Self { devices, memory, vmm, fresh }
     }
 
     fn device(&self, index: usize) -> Result<&MediatedDevice> {
@@ -269,7 +268,19 @@ impl DestinationHost for MediatedHost {
         let offset = self.span(first, data.len() as u64)?;
         self.fresh.store(false, Ordering::Release);
         let ram = self.memory.ram();
-        if self.sparse { Ok(ram.write_fresh(offset, data)?) } else { Ok(ram.mapping().write(offset, data)?) }
+        if ram.is_populated() { Ok(ram.mapping().write(offset, data)?) } else { Ok(ram.write_fresh(offset, data)?) }
+    }
+
+    /// Only where every page is there: a read into one that is not would fault it in, and zero it first.
+    fn place(&self, first: u64, count: u64) -> Result<Option<Place>> {
+        let ram = self.memory.ram();
+        if !ram.is_populated() {
+            return Ok(None);
+        }
+        let bytes = count.checked_mul(PAGE_SIZE).ok_or_else(|| HostError::Memory(format!("{count} pages")))?;
+        let offset = self.span(first, bytes)?;
+        self.fresh.store(false, Ordering::Release);
+        Ok(Some(Place { memory: Arc::clone(ram.mapping()), offset }))
     }
 
     fn zero_pages(&self, first: u64, count: u64) -> Result<()> {
@@ -287,3 +298,7 @@ impl DestinationHost for MediatedHost {
         Ok(self.vmm.resume()?)
     }
 }
+
+#[cfg(test)]
+#[path = "mediated_tests.rs"]
+mod tests;

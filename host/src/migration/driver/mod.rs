@@ -12,6 +12,7 @@ mod mediated;
 mod pages;
 mod source;
 
+pub use connection::Place;
 pub use destination::{DestinationDriver, DestinationJob, migrate_in, settle_in};
 pub use doubt::{InDoubt, MigrationError};
 pub use host::{

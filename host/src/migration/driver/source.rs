@@ -15,7 +15,7 @@ use crate::migration::wire::{
 use super::connection::{Connection, Flow};
 use super::doubt::{InDoubt, MigrationError, cause_of, ms_until, record_until};
 use super::host::{DirtyDrain, SourceHost, SourceOffer};
-use super::pages::{is_zero, next_run, page_hash, pages_from};
+use super::pages::{count, is_zero, next_run, page_hash};
 use super::{Cancel, Observer, Progress, Step, Time};
 
 /// Pages read, checked and sent at once: small enough to stay in a core's cache.
@@ -79,6 +79,8 @@ enum Segment {
 struct Scan {
     /// Next page to look at
     next: u64,
+    /// Dirty pages from there on
+    left: u64,
     /// Zero pages found last and not sent yet: the next ones may follow on
     zero: Option<(u64, u64)>,
     segments: Vec<Segment>,
@@ -274,12 +276,11 @@ impl<'h> SourceDriver<'h> {
     }
 
     fn progress(&self) {
-        let left = self.drain.as_ref().map_or(0, |drain| pages_from(drain.words(), self.scan.next));
         let progress = Progress {
             phase: self.machine.phase(),
             round: self.machine.rounds().len() as u32 + 1,
             pages_sent: self.pages_sent,
-            pages_left: left,
+            pages_left: self.scan.left,
             bytes: self.connection.bytes_out,
         };
         self.job.observer.progress(self.job.id, Role::Source, progress);
@@ -300,7 +301,7 @@ impl<'h> SourceDriver<'h> {
                 Ok(Flow::Done) => Performed::Event(Event::Done),
                 other => self.unsent(other),
             },
-            Action::Wait { until_us } => match self.connection.receive() {
+            Action::Wait { until_us } => match self.connection.receive(None) {
                 Ok(Flow::Done) => Performed::Received,
                 Ok(Flow::Blocked) => Performed::Blocked(*until_us),
                 Err(cause) => Performed::Event(Event::Failed(cause)),
@@ -318,10 +319,12 @@ impl<'h> SourceDriver<'h> {
                 if let Some(drain) = self.drain.take() {
                     drain.commit();
                 }
+                self.scan = Scan::default();
                 Performed::Event(Event::Done)
             }
             Action::RestoreDrain => {
                 self.drain = None;
+                self.scan = Scan::default();
                 Performed::Event(Event::Done)
             }
             Action::SetState { device, target, until_us } => {
@@ -352,7 +355,7 @@ impl<'h> SourceDriver<'h> {
                 Performed::Blocked(until)
             }
             Err(cause @ Cause::Link(_)) => {
-                let heard = matches!(self.connection.receive(), Ok(Flow::Done));
+                let heard = matches!(self.connection.receive(None), Ok(Flow::Done));
                 match self.connection.decoder.record() {
                     Ok(Some(Record::Aborted { .. })) if heard => Performed::Received,
                     _ => Performed::Event(Event::Failed(cause)),
@@ -425,9 +428,9 @@ impl<'h> SourceDriver<'h> {
     fn take_drain(&mut self) -> Performed {
         match self.job.host.drain() {
             Ok(drain) => {
-                let pages = pages_from(drain.words(), 0);
+                let pages = count(drain.words());
                 self.drain = Some(drain);
-                self.scan = Scan::default();
+                self.scan = Scan { left: pages, ..Scan::default() };
                 Performed::Event(Event::Drained { pages })
             }
             Err(error) => Performed::Event(Event::Failed(error.into())),
@@ -479,6 +482,7 @@ impl<'h> SourceDriver<'h> {
         let data = &mut self.batch[..count as usize * PAGE];
         self.job.host.read_pages(first, data)?;
         self.scan.next = first + count;
+        self.scan.left = self.scan.left.saturating_sub(count);
         let mut from = 0;
         while from < count as usize {
             let zero = is_zero(&self.batch[from * PAGE..(from + 1) * PAGE]);

@@ -11,6 +11,8 @@ pub use tcp::TcpTransport;
 
 use std::io::{IoSlice, Result};
 
+use crate::sys::Mapping;
+
 /// Longest that one call may wait, in milliseconds.
 pub const TICK_MS: u64 = 50;
 
@@ -21,6 +23,15 @@ pub trait Transport: Send {
 
     /// Receives some bytes. `Ok(0)`: the other side has closed. `WouldBlock`: nothing within a tick.
     fn receive(&mut self, buffer: &mut [u8]) -> Result<usize>;
+
+    /// As [`Self::receive`], into memory that is no Rust object.
+    fn receive_into(&mut self, memory: &Mapping, offset: u64, length: u64) -> Result<u64> {
+        let mut buffer = [0; 16 * 1024];
+        let most = buffer.len().min(usize::try_from(length).unwrap_or(usize::MAX));
+        let count = self.receive(&mut buffer[..most])?;
+        memory.write(offset, &buffer[..count]).map_err(std::io::Error::other)?;
+        Ok(count as u64)
+    }
 
     /// The other side, for people and journals.
     fn peer(&self) -> String;

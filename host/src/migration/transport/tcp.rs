@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use super::{TICK_MS, Transport};
+use crate::sys::Mapping;
 
 /// A connected socket.
 #[derive(Debug)]
@@ -43,6 +44,10 @@ impl Transport for TcpTransport {
 
     fn receive(&mut self, buffer: &mut [u8]) -> Result<usize> {
         plain(self.stream.read(buffer))
+    }
+
+    fn receive_into(&mut self, memory: &Mapping, offset: u64, length: u64) -> Result<u64> {
+        plain(memory.read_from(&self.stream, offset, length))
     }
 
     fn peer(&self) -> String {

@@ -74,7 +74,7 @@ impl fmt::Debug for MigrationId {
     }
 }
 
-/// xxh3-128 over a stream's records, in order. Not cryptographic: it shows that both sides saw the same stream, and
+/// xxh3-128 over the headers of a stream's records, in order; each has its payload's hash in it. Not cryptographic: it shows that both sides saw the same stream, and
 /// defends against damage, not against a forger (that is the transport's business).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Digest(pub [u8; 16]);

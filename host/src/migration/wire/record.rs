@@ -106,6 +106,11 @@ pub enum Record<'a> {
         code: RefuseCode,
         reason: Cow<'a, str>,
     },
+    /// As [`Self::Pages`], received: the data went straight to where they belong. Never sent.
+    PlacedPages {
+        first: u64,
+        count: u64,
+    },
     /// `data` is a whole number of pages, 1 to [`PAGES_MAX`]
     Pages {
         first: u64,
@@ -189,7 +194,7 @@ impl Record<'_> {
             Self::Hello(_) => Kind::Hello,
             Self::Accept { .. } => Kind::Accept,
             Self::Refuse { .. } => Kind::Refuse,
-            Self::Pages { .. } => Kind::Pages,
+            Self::Pages { .. } | Self::PlacedPages { .. } => Kind::Pages,
             Self::ZeroPages { .. } => Kind::ZeroPages,
             Self::DeviceState { .. } => Kind::DeviceState,
             Self::RoundEnd { .. } => Kind::RoundEnd,
@@ -230,7 +235,7 @@ impl Record<'_> {
                 put(out, &first.to_le_bytes());
                 put(out, &((data.len() / PAGE_SIZE as usize) as u64).to_le_bytes());
             }
-            Self::ZeroPages { first, count } => {
+            Self::ZeroPages { first, count } | Self::PlacedPages { first, count } => {
                 put(out, &first.to_le_bytes());
                 put(out, &count.to_le_bytes());
             }
@@ -260,6 +265,7 @@ impl Record<'_> {
             Self::Hello(hello) => return hello.check(),
             Self::Pages { first, data } => pages_fault(*first, (data.len() / PAGE_SIZE as usize) as u64, data.len()),
             Self::ZeroPages { first, count } => range_fault(*first, *count),
+            Self::PlacedPages { .. } => Some("its data are elsewhere"),
             Self::DeviceState { device, .. } if *device as usize >= DEVICES_MAX => Some("device index too high"),
             Self::DeviceState { data, .. } if data.len() > STATE_MAX as usize => Some("too many bytes"),
             _ => None,
@@ -285,7 +291,7 @@ fn range_fault(first: u64, count: u64) -> Option<&'static str> {
     }
 }
 
-fn pages_fault(first: u64, count: u64, bytes: usize) -> Option<&'static str> {
+pub(super) fn pages_fault(first: u64, count: u64, bytes: usize) -> Option<&'static str> {
     if count > u64::from(PAGES_MAX) {
         return Some("too many pages");
     }
@@ -467,6 +473,7 @@ impl<'a> Record<'a> {
             Self::Refuse { code, reason } => Record::Refuse { code, reason: text(reason) },
             Self::Pages { first, data } => Record::Pages { first, data: bytes(data) },
             Self::ZeroPages { first, count } => Record::ZeroPages { first, count },
+            Self::PlacedPages { first, count } => Record::PlacedPages { first, count },
             Self::DeviceState { device, last, sequence, data } => {
                 Record::DeviceState { device, last, sequence, data: bytes(data) }
             }
@@ -550,4 +557,4 @@ impl Outcome {
     }
 }
 
-const _: () = assert!(HEADER_LENGTH == 44);
+const _: () = assert!(HEADER_LENGTH == 48);

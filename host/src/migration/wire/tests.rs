@@ -134,10 +134,100 @@ fn a_stream_may_arrive_in_pieces_of_any_size() {
     let sent: Vec<_> =
         samples().into_iter().map(|(_, r)| r).filter(|r| r.kind().direction() == Direction::FromSource).collect();
     let bytes: Vec<u8> = sent.iter().flat_map(|record| bytes_of(&mut encoder, record)).collect();
-    for piece in [1, 2, 43, 44, 45, 4095, usize::MAX] {
+    for piece in [1, 2, HEADER_LENGTH - 1, HEADER_LENGTH, HEADER_LENGTH + 1, 4095, usize::MAX] {
         let (records, end) = decode_all(Direction::FromSource, Some(ID), &bytes, piece);
         assert_eq!(end, Ok(()));
         assert_eq!(records, sent, "pieces of {piece}");
+    }
+}
+
+/// Feeds `bytes` in pieces, the data of pages elsewhere; the records, those data, and how it ended.
+fn place_all(mut bytes: &[u8], piece: usize) -> (Vec<Record<'static>>, Vec<u8>, Result<(), WireError>) {
+    let mut decoder = Decoder::new(Direction::FromSource, Some(ID));
+    let (mut records, mut data) = (Vec::new(), Vec::new());
+    while !bytes.is_empty() {
+        if decoder.pages_ahead().is_some() {
+            decoder.place();
+        }
+        let whole = if let Some(left) = decoder.left_to_place() {
+            let (now, rest) = bytes.split_at(left.min(bytes.len()).min(piece));
+            bytes = rest;
+            data.extend_from_slice(now);
+            decoder.placed(now)
+        } else {
+            let space = decoder.space();
+            let count = space.len().min(bytes.len()).min(piece);
+            space[..count].copy_from_slice(&bytes[..count]);
+            bytes = &bytes[count..];
+            decoder.advance(count)
+        };
+        match whole.and_then(|whole| if whole { decoder.record() } else { Ok(None) }) {
+            Ok(Some(record)) => records.push(record.into_owned()),
+            Ok(None) => {}
+            Err(error) => return (records, data, Err(error)),
+        }
+    }
+    let end = decoder.end();
+    (records, data, end)
+}
+
+/// spec: STREAM-13
+#[test]
+fn placed_pages_are_checked_as_others_are_and_known_when_they_are_complete() {
+    let page = |byte: u8| vec![byte; PAGE_SIZE as usize];
+    let sent = [
+        Record::Pages { first: 3, data: Cow::Owned([page(1), page(2)].concat()) },
+        Record::ZeroPages { first: 9, count: 1 },
+        Record::Pages { first: 7, data: Cow::Owned(page(3)) },
+    ];
+    let mut encoder = Encoder::new(ID);
+    let bytes: Vec<u8> = sent.iter().flat_map(|record| bytes_of(&mut encoder, record)).collect();
+    let placed = [
+        Record::PlacedPages { first: 3, count: 2 },
+        Record::ZeroPages { first: 9, count: 1 },
+        Record::PlacedPages { first: 7, count: 1 },
+    ];
+    let all = [page(1), page(2), page(3)].concat();
+    for piece in [1, 15, 16, 17, HEADER_LENGTH, 4095, 4096, 4097, usize::MAX] {
+        assert_eq!(place_all(&bytes, piece), (placed.to_vec(), all.clone(), Ok(())), "pieces of {piece}");
+    }
+    // One flipped bit anywhere; every bit of what is not page data, and some of those.
+    let record = &bytes[..HEADER_LENGTH + 16 + 2 * PAGE_SIZE as usize];
+    for bit in (0..(HEADER_LENGTH + 16) * 8).chain((HEADER_LENGTH * 8 + 128..record.len() * 8).step_by(997)) {
+        let mut damaged = record.to_vec();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        let (records, _, end) = place_all(&damaged, usize::MAX);
+        assert!(records.is_empty() && end.is_err(), "bit {bit}: {end:?}");
+    }
+    // Any cut.
+    for length in (1..record.len()).step_by(61).chain([record.len() - 1]) {
+        let (records, _, end) = place_all(&record[..length], usize::MAX);
+        assert!(records.is_empty() && matches!(end, Err(WireError::Short { .. })), "{length}: {end:?}");
+    }
+    // What is placed is never sent.
+    assert!(Encoder::new(ID).encode(&placed[0], &mut Vec::new()).is_err());
+}
+
+/// spec: STREAM-13
+#[test]
+fn pages_whose_fields_and_length_disagree_are_not_placed() {
+    let lie = |first: u64, count: u64, bytes: usize| {
+        let payload = [&first.to_le_bytes()[..], &count.to_le_bytes(), &vec![1; bytes]].concat();
+        Encoder::new(ID).encode_unknown(Kind::Pages.raw(), &payload)
+    };
+    let page = PAGE_SIZE as usize;
+    for (first, count, bytes) in [(0, 2, page), (0, 1, 2 * page), (0, 0, 0), (0, 1, page - 1), (u64::MAX, 1, page)] {
+        let (records, data, end) = place_all(&lie(first, count, bytes), usize::MAX);
+        assert!(records.is_empty() && data.is_empty(), "{first} {count} {bytes}");
+        assert!(matches!(end, Err(WireError::Malformed { .. })), "{first} {count} {bytes}: {end:?}");
+    }
+    let (records, _, _) = place_all(&lie(5, 1, page), usize::MAX);
+    assert_eq!(records, [Record::PlacedPages { first: 5, count: 1 }]);
+    // Shorter than the fields themselves.
+    for short in 0..16 {
+        let bytes = Encoder::new(ID).encode_unknown(Kind::Pages.raw(), &vec![0; short]);
+        let (records, _, end) = place_all(&bytes, usize::MAX);
+        assert!(records.is_empty() && matches!(end, Err(WireError::Malformed { .. })), "{short}: {end:?}");
     }
 }
 

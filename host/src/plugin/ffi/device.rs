@@ -339,10 +339,13 @@ impl OpenDevice {
         self.state
     }
 
+    #[inline(always)]
     pub(super) fn call(&self, frame: CallFrame<'_>, call: impl FnOnce(*const abi::CallContext) -> i32) -> i32 {
         with_context(&*self.calls, frame, call)
     }
 
+    // In each of its callers: what it is handed would go through the stack once more.
+    #[inline(always)]
     fn rw(
         &self,
         hooked: &Hooked<abi::RegionHooks>,
