@@ -148,7 +148,7 @@ impl Handle {
         Arc::ptr_eq(&self.references, &other.references)
     }
 
-    /// Whether no reference can be had any more.
+    /// Whether the VM has ended, and all its files have been taken back.
     pub fn has_ended(&self) -> bool {
         self.references.has_ended()
     }

@@ -14,13 +14,13 @@
 //! Locks: `table`, a leaf.
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicU32, Ordering, fence};
+use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 #[cfg(loom)]
 use loom::sync::{Condvar, Mutex, MutexGuard};
 #[cfg(loom)]
 use loom::thread::{self, ThreadId};
 #[cfg(not(loom))]
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::sync::{Arc, PoisonError};
 #[cfg(not(loom))]
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -73,7 +73,6 @@ struct Table<K: FileList> {
     list: Option<Arc<K>>,
     files: Vec<Entry<K::File>>,
     ending: Option<ThreadId>,
-    ended: bool,
 }
 
 /// One VM's references.
@@ -81,6 +80,8 @@ struct Table<K: FileList> {
 pub struct References<K: FileList> {
     /// Never rises from 0
     holders: AtomicU32,
+    /// Nothing of it is left in KVM. Set under the lock.
+    ended: AtomicBool,
     table: Mutex<Table<K>>,
     changed: Condvar,
 }
@@ -118,8 +119,13 @@ impl<K: FileList> Table<K> {
 impl<K: FileList> References<K> {
     /// A VM that is held once: by its owner.
     pub fn new(list: K) -> Holder<K> {
-        let table = Table { list: Some(Arc::new(list)), files: Vec::new(), ending: None, ended: false };
-        Holder(Arc::new(Self { holders: AtomicU32::new(1), table: Mutex::new(table), changed: Condvar::new() }))
+        let table = Table { list: Some(Arc::new(list)), files: Vec::new(), ending: None };
+        Holder(Arc::new(Self {
+            holders: AtomicU32::new(1),
+            ended: AtomicBool::new(false),
+            table: Mutex::new(table),
+            changed: Condvar::new(),
+        }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Table<K>> {
@@ -133,9 +139,9 @@ impl<K: FileList> References<K> {
         Some(Holder(Arc::clone(self)))
     }
 
-    /// Whether nobody holds the VM, and nobody will.
+    /// Whether the VM has ended, and all its files have been taken back.
     pub fn has_ended(&self) -> bool {
-        self.holders.load(Ordering::Acquire) == 0
+        self.ended.load(Ordering::Acquire)
     }
 
     /// A reference to `file`; the first one tells the VM of it. On an error nothing has changed. With `pins` it holds the VM as
@@ -207,7 +213,7 @@ impl<K: FileList> References<K> {
     fn wait_ended<'a>(&'a self, mut table: MutexGuard<'a, Table<K>>) {
         let deadline = Instant::now() + CALL_WAIT;
         // The thread that ends the VM may close devices on its way; it would wait for itself.
-        while !table.ended && table.ending != Some(thread::current().id()) {
+        while !self.has_ended() && table.ending != Some(thread::current().id()) {
             match self.wait(table, deadline) {
                 Some(again) => table = again,
                 None => return tracing::error!("a VM does not end; its VFIO files stay open until it has"),
@@ -240,7 +246,9 @@ impl<K: FileList> References<K> {
             }
         }
         drop(list);
-        self.lock().ended = true;
+        let table = self.lock();
+        self.ended.store(true, Ordering::Release);
+        drop(table);
         self.changed.notify_all();
     }
 }

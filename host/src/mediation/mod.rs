@@ -25,6 +25,7 @@
 mod access;
 mod calls;
 mod change;
+mod closing;
 mod config;
 mod device;
 mod dma;

@@ -24,7 +24,7 @@ enum Kind {
     Mtty,
     /// Any PCI device
     Device,
-    /// Any PCI device, and a VM of KVM
+    /// Any PCI device, and a VM of KVM; with a second one, two devices of one group
     Kvm,
     /// A PF on vfio-pci with `enable_sriov`: it gets a VF, which opens with the PF's token only
     Pf,
@@ -111,8 +111,11 @@ fn with_vm(arguments: &Arguments) -> Result<usize> {
         How::Group => Backend::VfioGroup,
         How::Cdev => Backend::VfioCdev,
     };
-    let names = std::iter::once(&arguments.name).chain(&arguments.second);
-    names.map(|name| device_suite::kvm::run(name, backend, &arguments.case, |line| println!("{line}"))).sum()
+    let print = |line: &Line<'_>| println!("{line}");
+    match &arguments.second {
+        Some(second) => device_suite::kvm::run_pair(&arguments.name, second, backend, print),
+        None => device_suite::kvm::run(&arguments.name, backend, &arguments.case, print),
+    }
 }
 
 /// Not of every device, hence not in the suite: an IOMMU that tracks dirty pages, or says that it does not.

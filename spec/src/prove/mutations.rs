@@ -301,7 +301,7 @@ pub const MUTATIONS: &[Mutation] = &[
         key: "holders == 0",
         broken: "false",
         model: "loom_kvm_vm_exit_against_open_takes_all_or_nothing",
-        says: "",
+        says: "a held VM has not ended",
     },
     Mutation {
         name: "kvm-close-does-not-wait-for-the-end",
@@ -328,7 +328,7 @@ pub const MUTATIONS: &[Mutation] = &[
         key: "pins.then_some(holder)",
         broken: "{ drop(holder); None }",
         model: "loom_kvm_a_pinned_vm_ends_with_its_last_device",
-        says: "",
+        says: "an open device's file is not there",
     },
     Mutation {
         name: "kvm-deletes-with-every-close",
@@ -337,7 +337,7 @@ pub const MUTATIONS: &[Mutation] = &[
         key: "entry.users == 0",
         broken: "true",
         model: "loom_kvm_devices_of_one_file_add_it_once_and_delete_it_last",
-        says: "",
+        says: "the other device took the file with it",
     },
     Mutation {
         name: "kvm-opens-before-it-is-added",
