@@ -11,7 +11,7 @@ use super::calls::{Task, borrowed};
 use super::config::{COMMAND, COMMAND_MASTER, COMMAND_MEMORY, POWER_STATE};
 use super::device::MediatedDevice;
 use super::error::{MediationError, Result};
-use super::gate::{Class, CloseError, Reason};
+use super::gate::{Class, CloseError, GateClosed, Reason};
 use super::irqs::Armed;
 use super::mediator::{Request, TrapMap};
 use super::timers::Delivery;
@@ -31,8 +31,9 @@ impl MediatedDevice {
             return self.shared.queue(Task::Asked(Request::Reset)).map_err(full);
         }
         // Refuses at once, for the gate's own reason, what nobody may do now. A device that sleeps is resumed for it.
-        if self.entered().is_none() {
-            drop(self.enter(Class::Control)?);
+        match self.enter(Class::Control) {
+            Err(MediationError::Gate(GateClosed { reason: Reason::Suspended })) => {}
+            pass => drop(pass?),
         }
         let token = self.lane.enter(self.drain_deadline())?;
         let done = self.reset_in(&token);
@@ -198,12 +199,20 @@ impl MediatedDevice {
     /// A front-end's client came or went.
     pub fn client(&self, attached: bool) -> Result<()> {
         let kind = if attached { abi::EVENT_CLIENT_ATTACH } else { abi::EVENT_CLIENT_DETACH };
-        // Whoever entered low power is gone, or was another.
-        self.awaken()?;
-        self.with_pass(Class::Control, || {
-            self.tell(kind, [0; 3]);
-            Ok(())
-        })
+        for _ in 0..ROUNDS_MAX {
+            // Whoever entered low power is gone, or was another.
+            self.awaken()?;
+            let told = self.with_own_pass(Class::Control, || {
+                self.tell(kind, [0; 3]);
+                Ok(())
+            });
+            match told {
+                // Entered again since, by one more.
+                Err(MediationError::Gate(GateClosed { reason: Reason::Suspended })) => {}
+                told => return told,
+            }
+        }
+        Err(GateClosed { reason: Reason::Suspended }.into())
     }
 }
 

@@ -180,3 +180,7 @@ impl MediatedDevice {
         seen
     }
 }
+
+#[cfg(all(test, not(loom)))]
+#[path = "low_power_tests.rs"]
+mod tests;
