@@ -268,7 +268,10 @@ impl MediatedDevice {
         if turn.is_ok() {
             // The plug-in's last call still reaches the device.
             match self.settle(Asleep::Resume) {
-                Ok(()) => self.shared.watch.disarm(self.device()),
+                Ok(()) => {
+                    self.shared.watch.disarm(self.device());
+                    self.leave_nothing_started();
+                }
                 Err(error) => {
                     tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
                 }

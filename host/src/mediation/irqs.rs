@@ -121,6 +121,13 @@ impl Irqs {
         true
     }
 
+    /// Indices with an eventfd.
+    pub fn indices(&self) -> Vec<u32> {
+        let mut indices: Vec<u32> = self.routes().keys().map(|(index, _)| *index).collect();
+        indices.dedup();
+        indices
+    }
+
     /// Each index with its device-side eventfds, for re-arming after a reset.
     pub fn armed(&self) -> Vec<Armed> {
         let mut all: Vec<Armed> = Vec::new();

@@ -24,6 +24,7 @@
 mod access;
 mod calls;
 mod change;
+mod closing;
 mod config;
 mod device;
 mod dma;

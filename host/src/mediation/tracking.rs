@@ -223,23 +223,26 @@ impl MediatedDevice {
     pub fn stop_tracking(&self) {
         let stopped = self.lane.enter(self.drain_deadline()).map_err(MediationError::from).and_then(|_token| {
             let Some(active) = lock(&self.tracking).take() else { return Ok(()) };
-            let ended = self.with_pass(Class::Control, || {
-                if active.plugin
-                    && let Some(plugin) = self.plugin.as_ref().and_then(|plugin| plugin.dirty())
-                {
-                    plugin.stop(self.frame(Origin::Migration));
-                }
-                match self.device().dma_logging() {
-                    Some(native) if active.native_page.is_some() && !active.lost => Ok(native.stop()?),
-                    _ => Ok(()),
-                }
-            });
+            let ended = self.with_pass(Class::Control, || Ok(self.end_tracking(&active)?));
             self.switch_table(TrapMap::Normal).and(ended)
         });
         if let Err(error) = stopped {
             tracing::warn!(device = %self.identity().name, %error, "ending dirty tracking");
         }
         self.attend();
+    }
+
+    /// Nothing of it is started afterwards, as far as the device still answers.
+    pub(super) fn end_tracking(&self, active: &Active) -> crate::device::Result<()> {
+        if active.plugin
+            && let Some(plugin) = self.plugin.as_ref().and_then(|plugin| plugin.dirty())
+        {
+            plugin.stop(self.frame(Origin::Migration));
+        }
+        match self.device().dma_logging() {
+            Some(native) if active.native_page.is_some() && !active.lost => native.stop(),
+            _ => Ok(()),
+        }
     }
 
     /// The device was reset: whatever it counted is gone.

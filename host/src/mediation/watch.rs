@@ -75,9 +75,16 @@ impl fmt::Debug for Watch {
 }
 
 impl Watch {
-    /// Takes the indices that the device has. One that it refuses is left alone: then nobody hears of it.
+    /// Takes the indices that the device has. One that it refuses is left alone: then nobody hears of it. After an error those
+    /// that were taken are still to be given back.
     pub fn arm(&self, device: &dyn Device, infos: &[Option<IrqInfo>]) -> Result<()> {
         let mut lines = Vec::new();
+        let armed = Self::arm_into(device, infos, &mut lines);
+        let _once = self.lines.set(lines);
+        armed
+    }
+
+    fn arm_into(device: &dyn Device, infos: &[Option<IrqInfo>], lines: &mut Vec<Line>) -> Result<()> {
         for index in [VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX] {
             let info = infos.get(index as usize).and_then(Option::as_ref);
             if info.is_none_or(|info| info.count != 1 || info.flags & VFIO_IRQ_INFO_EVENTFD == 0) {
@@ -93,7 +100,6 @@ impl Watch {
                 Err(error) => return Err(error.into()),
             }
         }
-        let _once = self.lines.set(lines);
         Ok(())
     }
 

@@ -197,6 +197,8 @@ impl<'a> Bench<'a> {
 
     /// After a case that failed half way; what cannot be mended shows in the next case.
     pub fn tidy(&self) {
+        // Where there is none, and from a case that ended in order, it does nothing.
+        let _ = self.device.low_power_exit();
         let _ = self.set_bus_master(false);
         for index in [INTX, MSI, MSIX] {
             let _ = self.disable_irq(index);

@@ -10,6 +10,7 @@ mod generic;
 mod igbvf;
 pub mod kvm;
 mod migration;
+mod power;
 
 use std::fmt;
 
@@ -92,6 +93,9 @@ pub fn kind(identity: &Identity) -> &'static str {
         igbvf::ID => "igbvf",
         migration::MTTY_ID => "mtty",
         migration::STATEFUL_ID => "stateful",
+        (0x8086, 0x10c9) => "igb",
+        (0x1b36, 0x0010) => "nvme",
+        (0x1af4, 0x1041) => "virtio-net",
         _ => "device",
     }
 }
@@ -103,7 +107,7 @@ pub fn cases(identity: &Identity) -> Vec<Case> {
         igbvf::ID => igbvf::CASES,
         _ => &[],
     };
-    generic::CASES.iter().chain(specific).copied().collect()
+    generic::CASES.iter().chain(power::CASES).chain(specific).copied().collect()
 }
 
 /// Runs every case whose name contains `filter`, and hands each result to `report`. Returns the number of failures.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Machine;
+use super::power::low_power;
 
 /// The programs that the cases run, built before.
 #[derive(Debug, Clone)]
@@ -38,12 +39,13 @@ pub fn all(programs: &Programs) -> Vec<Case> {
         mtty_hosts(programs),
         vf_token(programs),
         kvm(programs),
+        low_power(programs),
         demo(programs),
         demo_pair(programs),
     ]
 }
 
-fn machine(programs: &[&PathBuf], script: &str) -> Machine {
+pub(super) fn machine(programs: &[&PathBuf], script: &str) -> Machine {
     let mut machine = Machine::new(script);
     machine.files = programs.iter().map(|path| (*path).clone()).collect();
     machine

@@ -6,6 +6,7 @@
 pub mod cases;
 mod initramfs;
 mod machine;
+mod power;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

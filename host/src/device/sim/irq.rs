@@ -105,6 +105,10 @@ impl Irqs {
         Ok(IrqInfo { index, flags: flags | VFIO_IRQ_INFO_EVENTFD, count })
     }
 
+    pub(super) fn is_armed(&self) -> bool {
+        !matches!(self.mode, Mode::None) || self.request.is_some() || self.error.is_some()
+    }
+
     pub(super) fn msi_enabled(&self) -> bool {
         matches!(self.mode, Mode::Msi(_))
     }

@@ -150,6 +150,17 @@ impl Stateful {
         self.state().log.is_some()
     }
 
+    /// Whether a saving or a resuming stream is open.
+    pub fn is_streaming(&self) -> bool {
+        let state = self.state();
+        state.saving.is_some() || state.loading.is_some()
+    }
+
+    /// Whether any interrupt has an eventfd, or is enabled.
+    pub fn is_armed(&self) -> bool {
+        self.state().bus.irqs.is_armed()
+    }
+
     /// Accesses that came to the suspended device, or were in flight when it was suspended: always 0, unless somebody did
     /// not keep them away.
     pub fn accesses_while_suspended(&self) -> u64 {
