@@ -136,3 +136,11 @@ fn mappings_of_the_simulated_device_are_revoked_and_come_back() {
     // Waiting takes a userfaultfd.
     assert!(passed >= 2 && passed + other.len() == 3, "{other:?}");
 }
+
+/// spec: POWER-12, POWER-13
+#[test]
+fn the_models_sleep_and_wake_through_mediation_as_real_devices_do() {
+    device_suite::mediated(edu()).expect("edu");
+    let stateful = Stateful::new(StatefulOptions { time: virtual_time(), ..Default::default() }).expect("a model");
+    device_suite::mediated(stateful).expect("stateful");
+}

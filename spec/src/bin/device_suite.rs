@@ -101,6 +101,11 @@ fn run(arguments: &Arguments) -> Result<usize> {
         // At last, since they mediate it and so have it for themselves.
         let device: Arc<dyn Device> = Arc::new(device);
         failures += device_suite::maps::run(&device, &arguments.case, print)?;
+    } else if arguments.kind == Kind::Device && device_suite::MEDIATED.contains(&arguments.case) {
+        let device: Arc<dyn Device> = Arc::new(device);
+        let verdict = Verdict::of(device_suite::mediated(Arc::clone(&device)));
+        failures += usize::from(verdict.is_failure());
+        print(&Line { identity: device.identity(), case: device_suite::MEDIATED, verdict: &verdict });
     }
     Ok(failures)
 }

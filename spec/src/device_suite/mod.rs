@@ -19,6 +19,7 @@ use anyhow::Result;
 use vfio_mediate::device::{Backend, Device, Identity};
 
 pub use bench::Bench;
+pub use power::{MEDIATED, mediated};
 
 /// A promise that a device keeps.
 #[derive(Debug, Clone, Copy)]

@@ -1,13 +1,16 @@
 //! Low power, of every device that has it.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use rustix::io::Errno;
-use vfio_mediate::device::{Backend, CONFIG_REGION, Feature, FeatureAccess, PowerState};
+use vfio_mediate::device::{Backend, CONFIG_REGION, Device, Feature, FeatureAccess, PowerState};
+use vfio_mediate::mediation::{Limits, MediatedDevice};
+use vfio_mediate::memory::{AddressSpace, GuestRam};
 use vfio_mediate::sys::EventFd;
 
-use super::bench::refused;
+use super::bench::{PAGE, refused};
 use super::{Bench, Case, NotHere};
 
 pub const CASES: &[Case] = &[
@@ -95,6 +98,37 @@ fn d3hot(bench: &Bench<'_>) -> Result<()> {
     ensure!(matches!(power.state, PowerState::D3Hot | PowerState::D3Cold), "suspended in {}", power.state);
     bench.device.low_power_exit()?;
     is_awake(bench)
+}
+
+/// The name of [`mediated`], as a case's.
+pub const MEDIATED: &str = "low power through mediation: a request wakes it with a wake-up, and is EIO without";
+
+/// What mediation makes of the device's low power. The device is had alone, and left awake.
+pub fn mediated(device: Arc<dyn Device>) -> Result<()> {
+    let bench = Bench::new(&*device)?;
+    needs_low_power(&bench)?;
+    let memory = AddressSpace::new(GuestRam::new(PAGE)?);
+    let mediated = MediatedDevice::with_mediator(device.clone(), memory, Limits::default(), |_| Ok(None))?;
+    let wakeup = EventFd::new()?;
+    let mut id = [0; 4];
+    for _ in 0..2 {
+        mediated.low_power_entry(Some(wakeup.as_fd()))?;
+        wait_suspended(&bench)?;
+        ensure!(wakeup.read()? == 0, "signalled while it sleeps");
+        mediated.region_read(CONFIG_REGION, 0, &mut id)?;
+        mediated.region_read(CONFIG_REGION, 0, &mut id)?;
+        ensure!(id[..] == device.identity().config[..4], "its configuration space reads as {id:x?}");
+        ensure!(wakeup.read()? == 1 && mediated.entered().is_none(), "two requests are one wake-up");
+        is_awake(&bench)?;
+        mediated.low_power_entry(None)?;
+        wait_suspended(&bench)?;
+        let refused = mediated.region_read(CONFIG_REGION, 0, &mut id);
+        ensure!(refused.as_ref().is_err_and(|error| error.errno() == Errno::IO), "without a wake-up: {refused:?}");
+        ensure!(device.power()?.suspended, "a refused request woke it");
+        mediated.low_power_exit()?;
+        is_awake(&bench)?;
+    }
+    Ok(())
 }
 
 fn has_power_capability(config: &[u8]) -> bool {

@@ -89,6 +89,6 @@ pub(super) fn low_power(programs: &Programs) -> Case {
         about: "a PF and VFs on vfio-pci reach D3hot and come back, and an unbind is waited for, by group and by cdev",
         machine,
         pair: false,
-        least_ok: 34,
+        least_ok: 42,
     }
 }
