@@ -6,6 +6,8 @@ pub mod control;
 pub mod device;
 pub mod frontend;
 pub mod kvm;
+#[doc(hidden)]
+pub mod lock_order;
 pub mod mediation;
 pub mod memory;
 pub mod migration;

@@ -119,3 +119,20 @@ fn an_error_at_any_step_of_a_case_is_noticed() {
         unnoticed.iter().map(|(what, times): (&&str, &i32)| (what.trim_start_matches("edu "), *times)).collect();
     assert_eq!(unnoticed, expected, "steps whose failure the suite did not notice, by kind");
 }
+
+/// As the lab on real devices.
+///
+/// spec: MEMEN-1 MEMEN-2 MEMEN-4
+#[test]
+fn mappings_of_the_simulated_device_are_revoked_and_come_back() {
+    let device: Arc<dyn Device> =
+        Stateful::new(StatefulOptions { time: virtual_time(), ..Default::default() }).expect("a model");
+    let (mut passed, mut other) = (0, Vec::new());
+    let report = |line: &device_suite::Line<'_>| match line.verdict {
+        Verdict::Passed => passed += 1,
+        _ => other.push(line.to_string()),
+    };
+    assert_eq!(device_suite::maps::run(&device, "", report).expect("mediation"), 0);
+    // Waiting takes a userfaultfd.
+    assert!(passed >= 2 && passed + other.len() == 3, "{other:?}");
+}

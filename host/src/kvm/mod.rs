@@ -118,7 +118,7 @@ impl Vm {
 
     /// Over any list of files.
     pub fn over(files: Box<dyn VfioFiles>) -> Self {
-        Self(References::new(files))
+        Self(References::begin(files))
     }
 
     pub fn handle(&self) -> Handle {

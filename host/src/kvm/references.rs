@@ -118,7 +118,7 @@ impl<K: FileList> Table<K> {
 
 impl<K: FileList> References<K> {
     /// A VM that is held once: by its owner.
-    pub fn new(list: K) -> Holder<K> {
+    pub fn begin(list: K) -> Holder<K> {
         let table = Table { list: Some(Arc::new(list)), files: Vec::new(), ending: None };
         Holder(Arc::new(Self {
             holders: AtomicU32::new(1),

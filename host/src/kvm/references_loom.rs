@@ -60,7 +60,7 @@ struct Model {
 fn vm() -> (Holder<Fake>, Model) {
     let zero = || AtomicU32::new(0);
     let seen = LoomArc::new(Seen { files: zero(), added: zero(), closed: zero() });
-    let owner = References::new(Fake(LoomArc::clone(&seen)));
+    let owner = References::begin(Fake(LoomArc::clone(&seen)));
     let references = Arc::clone(owner.references());
     (owner, Model { references, seen, file: Arc::new(()) })
 }

@@ -68,7 +68,7 @@ impl Drop for List {
 
 fn vm() -> (Holder<List>, Arc<References<List>>, Arc<World>) {
     let world: Arc<World> = Arc::default();
-    let owner = References::new(List(Arc::clone(&world)));
+    let owner = References::begin(List(Arc::clone(&world)));
     let references = Arc::clone(owner.references());
     (owner, references, world)
 }
@@ -97,7 +97,7 @@ fn the_first_open_takes_and_the_last_close_puts() {
     let alone = references.take(&other, false).unwrap();
     assert_eq!(world.files(), [7, 8]);
     while let Some(reference) = open.pop() {
-        assert_eq!(world.files().contains(&7), true);
+        assert!(world.files().contains(&7));
         drop(reference);
     }
     assert_eq!(world.files(), [8]);

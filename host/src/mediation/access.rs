@@ -8,12 +8,12 @@ use vfio_bindings::bindings::vfio::{VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO
 use super::config::Permission;
 use super::device::MediatedDevice;
 use super::error::{Access, MediationError, Result, boxed, unboxed};
-use super::gate::{Class, Reason};
-use super::lock;
+use super::gate::{Class, GateClosed, Reason};
 use super::low_power::Asleep;
 use super::mediator::{HostCalls, Mediator, Origin, Verdict};
 use super::tables::{Region, first_piece};
 use crate::device::CONFIG_REGION;
+use crate::lock_order;
 
 /// Longest access of configuration space: all of it.
 const CONFIG_MAX: usize = 4096;
@@ -23,6 +23,7 @@ impl MediatedDevice {
     /// fails, [`MediationError::bytes_done`] says how many bytes before it were read.
     #[inline(always)]
     pub fn region_read(&self, index: u32, offset: u64, data: &mut [u8]) -> Result<()> {
+        lock_order::entering();
         // In the caller's code, so that nothing is returned through memory; all but the usual cases is out of it.
         let Some(pass) = self.shared.gate.enter_quickly(class(index)) else {
             return self.read_slowly(index, offset, data).map_err(unboxed);
@@ -43,6 +44,7 @@ impl MediatedDevice {
         if index == CONFIG_REGION {
             return self.config_write(offset, data);
         }
+        lock_order::entering();
         let Some(pass) = self.shared.gate.enter_quickly(Class::Memory) else {
             return self.write_slowly(index, offset, data).map_err(unboxed);
         };
@@ -88,7 +90,7 @@ impl MediatedDevice {
     }
 
     #[inline(never)]
-    fn write_in(&self, index: u32, offset: u64, data: &[u8]) -> Access {
+    pub(super) fn write_in(&self, index: u32, offset: u64, data: &[u8]) -> Access {
         let Some((plugin, region)) = self.hooks(index) else {
             return self.write_unhooked(index, offset, data);
         };
@@ -122,6 +124,7 @@ impl MediatedDevice {
         while done < data.len() {
             let at = offset + done as u64;
             let piece = first_piece(region.segments(), at, data.len() - done);
+            self.go_on(index).map_err(|error| error.after(done))?;
             let part = &mut data[done..done + piece.length];
             self.read_piece(plugin, piece.claim, index, at, part).map_err(|error| error.after(done))?;
             done += piece.length;
@@ -161,6 +164,7 @@ impl MediatedDevice {
         while done < data.len() {
             let at = offset + done as u64;
             let piece = first_piece(region.segments(), at, data.len() - done);
+            self.go_on(index).map_err(|error| error.after(done))?;
             let part = &data[done..done + piece.length];
             self.write_piece(plugin, piece.claim, index, at, part).map_err(|error| error.after(done))?;
             done += piece.length;
@@ -192,15 +196,43 @@ impl MediatedDevice {
     fn write_claim(&self, plugin: &dyn Mediator, claim: usize, index: u32, offset: u64, copy: &mut [u8]) -> Access {
         match plugin.write(claim, self.frame(Origin::Client), offset, copy) {
             Verdict::Handled => Ok(()),
-            Verdict::Forward => self.device.region_write(index, offset, copy).map_err(boxed),
+            Verdict::Forward => {
+                if index == CONFIG_REGION {
+                    // The hook may have changed the data.
+                    self.revoke_if_disabled(offset, copy).map_err(boxed)?;
+                }
+                self.device.region_write(index, offset, copy).map_err(boxed)
+            }
             Verdict::Deny(errno) => Err(denied("a write", errno)),
+        }
+    }
+
+    /// Before each piece of an access: a device that has failed since it was let in, or whose memory a hook has disabled, gets
+    /// no more of it. What other threads do to the device waits for the whole access.
+    fn go_on(&self, index: u32) -> Access {
+        match self.shared.gate.cut(class(index)) {
+            None => Ok(()),
+            Some(reason) => Err(boxed(GateClosed { reason })),
+        }
+    }
+
+    fn own_region_size(&self, index: u32) -> u64 {
+        self.shared.regions.get(index as usize).and_then(Option::as_ref).map_or(0, |info| info.size)
+    }
+
+    /// Of one of the device's own or an added one; 0: there is none.
+    pub(super) fn region_size(&self, index: u32) -> u64 {
+        let extras = self.plugin.as_ref().map_or(&[][..], |plugin| plugin.extra_regions());
+        match index.checked_sub(self.own_regions()) {
+            None => self.own_region_size(index),
+            Some(position) => extras.get(position as usize).map_or(0, |extra| extra.size),
         }
     }
 
     /// A hook never sees an access that leaves its region.
     #[inline]
     fn check_range(&self, index: u32, offset: u64, length: usize) -> Access {
-        let size = self.shared.regions.get(index as usize).and_then(Option::as_ref).map_or(0, |info| info.size);
+        let size = self.own_region_size(index);
         match offset.checked_add(length as u64) {
             Some(end) if end <= size => Ok(()),
             _ => Err(boxed(outside(index, offset, length, size))),
@@ -254,9 +286,7 @@ impl MediatedDevice {
         drop(self.enter(Class::Control)?);
         let deadline = Instant::now() + self.limits.access_wait.max(self.limits.drain);
         let done = self.alone_if(Asleep::AsAccess, Reason::Reconfiguring, deadline, || {
-            if lock(&self.condition).disables(self.shared.filter.power(), offset, data) {
-                self.revoke_maps()?;
-            }
+            self.revoke_if_disabled(offset, data)?;
             let written = self.config_write_in(offset, data);
             self.look_at_command().and(written)
         });

@@ -7,14 +7,14 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use rustix::io::Errno;
 use vfio_mediate_sdk::abi;
 
 use super::config::ConfigFilter;
-use super::gate::Gate;
+use super::gate::{Gate, Reason};
 use super::irqs::Irqs;
 use super::mediator::{HostCalls, IrqRequest, IrqRequestData, Request, ScratchMemory};
 use super::scratch::Scratch;
@@ -22,6 +22,7 @@ use super::timers::{self, Delivery, Timers};
 use super::watch::Watch;
 use super::{MediatedDevice, lock};
 use crate::device::{CONFIG_REGION, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo};
+use crate::lock_order::{self, Guard};
 use crate::memory::{AddressSpace, IovaMapping};
 use crate::sys::duplicate;
 
@@ -59,6 +60,8 @@ pub struct Shared {
     /// Set while the host wants every long call to come back
     pub cancel: AtomicBool,
     requests: Mutex<VecDeque<Task>>,
+    /// COMMAND's memory bit counts: as the device's condition has it
+    pub gated: AtomicBool,
     /// For the timer thread; set once the device exists
     pub owner: Arc<OnceLock<Weak<MediatedDevice>>>,
 }
@@ -87,6 +90,7 @@ impl Shared {
             interposed: OnceLock::new(),
             cancel: AtomicBool::new(false),
             requests: Mutex::default(),
+            gated: AtomicBool::new(false),
             owner: Arc::default(),
         }
     }
@@ -109,8 +113,8 @@ impl Shared {
         Ok(())
     }
 
-    pub fn maps(&self) -> MutexGuard<'_, BTreeMap<u64, IovaMapping>> {
-        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn maps(&self) -> Guard<'_, BTreeMap<u64, IovaMapping>> {
+        lock(&self.maps)
     }
 
     pub fn mappings(&self) -> Vec<IovaMapping> {
@@ -126,6 +130,7 @@ impl Shared {
     /// The host's own SET_IRQS: remembers the client's eventfds, and gives the device ours where a claim wants to see the
     /// vector fire. Indices beyond the device's own, and those that the host itself listens to, exist in the table only.
     pub fn default_set_irqs(&self, request: &IrqSet<'_>) -> Result<(), Errno> {
+        lock_order::calling_out();
         let watched = self.watch.covers(request.index);
         let own = (request.index as usize) < self.irq_infos.len() && !watched;
         if watched && request.action != IrqAction::Trigger {
@@ -159,6 +164,24 @@ impl Shared {
                 Ok(())
             }
             _ => to_device(request),
+        }
+    }
+
+    /// Revoke first, then act, also where a hook acts. Whoever has the device alone takes the mappings away; under a pass others
+    /// may be in the middle of an access through one, so that nothing is done.
+    fn before_config_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        if region != CONFIG_REGION || !self.filter.disables(offset, data, self.gated.load(Ordering::Acquire)) {
+            return Ok(());
+        }
+        let owner = self.owner.get().and_then(Weak::upgrade);
+        if !self.gate.is_held() {
+            return owner.map_or(Ok(()), |owner| owner.revoke_maps().map_err(|error| error.errno()));
+        }
+        // First, so that no mapping is made from here on; looking at what was left afterwards opens it again.
+        self.gate.refuse_memory(Reason::MemoryDisabled);
+        match owner.is_some_and(|owner| owner.has_live_maps()) {
+            true => Err(Errno::BUSY),
+            false => Ok(()),
         }
     }
 
@@ -205,12 +228,15 @@ fn nanoseconds(duration: Duration) -> u64 {
 
 impl HostCalls for Shared {
     fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        lock_order::calling_out();
         self.device.region_read(region, offset, data).map_err(|error| error.errno)
     }
 
     fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        self.device.region_write(region, offset, data).map_err(|error| error.errno)?;
-        self.note_config_write(region, offset, data.len())
+        lock_order::calling_out();
+        let noted = self.before_config_write(region, offset, data);
+        let written = noted.and_then(|()| self.device.region_write(region, offset, data).map_err(|error| error.errno));
+        self.note_config_write(region, offset, data.len()).and(written)
     }
 
     fn default_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
@@ -258,10 +284,12 @@ impl HostCalls for Shared {
     }
 
     fn guest_read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
+        lock_order::calling_out();
         self.memory.read(iova, data).map_err(|_| Errno::FAULT)
     }
 
     fn guest_write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
+        lock_order::calling_out();
         self.memory.write(iova, data).map_err(|_| Errno::FAULT)
     }
 

@@ -11,7 +11,7 @@ use super::calls::{Task, borrowed};
 use super::config::{COMMAND, COMMAND_MASTER, COMMAND_MEMORY, POWER_STATE};
 use super::device::MediatedDevice;
 use super::error::{MediationError, Result};
-use super::gate::{Class, CloseError, Reason};
+use super::gate::{Class, CloseError, GateClosed, Reason};
 use super::irqs::Armed;
 use super::mediator::{Request, TrapMap};
 use super::timers::Delivery;
@@ -31,8 +31,9 @@ impl MediatedDevice {
             return self.shared.queue(Task::Asked(Request::Reset)).map_err(full);
         }
         // Refuses at once, for the gate's own reason, what nobody may do now. A device that sleeps is resumed for it.
-        if self.entered().is_none() {
-            drop(self.enter(Class::Control)?);
+        match self.enter(Class::Control) {
+            Err(MediationError::Gate(GateClosed { reason: Reason::Suspended })) => {}
+            pass => drop(pass?),
         }
         let token = self.lane.enter(self.drain_deadline())?;
         let done = self.reset_in(&token);
@@ -74,9 +75,7 @@ impl MediatedDevice {
             self.reset_in(&token)?;
         }
         self.alone(Reason::Resetting, deadline, || {
-            if lock(&self.condition).disables(self.shared.filter.power(), COMMAND, &command.to_le_bytes()) {
-                self.revoke_maps()?;
-            }
+            self.revoke_if_disabled(COMMAND, &command.to_le_bytes())?;
             self.device().region_write(CONFIG_REGION, COMMAND, &command.to_le_bytes())?;
             self.look_at_command()?;
             self.arm_again()
@@ -100,15 +99,16 @@ impl MediatedDevice {
     /// Reads COMMAND and the power state back and remembers what they mean for the gate. The caller has the device alone.
     pub(super) fn look_at_command(&self) -> Result<()> {
         let (command, low_power) = read_command(self)?;
-        let before = {
+        let (before, gated) = {
             let mut condition = lock(&self.condition);
             let before = condition.command;
             condition.command = command;
             condition.low_power = low_power;
             // The bus has no such bit for a VF; what a driver shows there is its own.
             condition.has_memory_enable |= command & COMMAND_MEMORY != 0 && !self.identity().virtual_function;
-            before
+            (before, condition.has_memory_enable)
         };
+        self.shared.gated.store(gated, Ordering::Release);
         if (before ^ command) & COMMAND_MASTER != 0 {
             self.tell(abi::EVENT_BUS_MASTER, [u64::from(command & COMMAND_MASTER != 0), 0, 0]);
         }
@@ -136,6 +136,7 @@ impl MediatedDevice {
                 return;
             }
             self.shared.gate.take_attention();
+            self.revoke_failed();
             let put_back = self.shared.take_requests().into_iter().filter(|task| !self.perform(*task)).count();
             if put_back != 0 {
                 // Whoever is in the way attends when he is done.
@@ -180,6 +181,7 @@ impl MediatedDevice {
         self.shared.gate.fail();
         self.shared.cancel.store(true, Ordering::Release);
         self.tell(abi::EVENT_DEVICE_ERROR, [errno.raw_os_error() as u64, 0, 0]);
+        self.revoke_failed();
     }
 
     pub(super) fn timer_fired(&self, cookie: u64) -> Delivery {
@@ -197,12 +199,20 @@ impl MediatedDevice {
     /// A front-end's client came or went.
     pub fn client(&self, attached: bool) -> Result<()> {
         let kind = if attached { abi::EVENT_CLIENT_ATTACH } else { abi::EVENT_CLIENT_DETACH };
-        // Whoever entered low power is gone, or was another.
-        self.awaken()?;
-        self.with_pass(Class::Control, || {
-            self.tell(kind, [0; 3]);
-            Ok(())
-        })
+        for _ in 0..ROUNDS_MAX {
+            // Whoever entered low power is gone, or was another.
+            self.awaken()?;
+            let told = self.with_own_pass(Class::Control, || {
+                self.tell(kind, [0; 3]);
+                Ok(())
+            });
+            match told {
+                // Entered again since, by one more.
+                Err(MediationError::Gate(GateClosed { reason: Reason::Suspended })) => {}
+                told => return told,
+            }
+        }
+        Err(GateClosed { reason: Reason::Suspended }.into())
     }
 }
 

@@ -130,6 +130,14 @@ impl ConfigFilter {
         touches(&touched, COMMAND) || self.power.is_some_and(|power| touches(&touched, power))
     }
 
+    /// Whether what such a write leaves is disabled memory. `gated`: COMMAND's memory bit counts.
+    pub fn disables(&self, offset: u64, data: &[u8], gated: bool) -> bool {
+        let byte = |at: u64| at.checked_sub(offset).and_then(|at| data.get(usize::try_from(at).ok()?).copied());
+        let off = byte(COMMAND).is_some_and(|low| u16::from(low) & COMMAND_MEMORY == 0);
+        let asleep = self.power.and_then(byte).is_some_and(|low| low & POWER_STATE != 0);
+        asleep || (off && gated)
+    }
+
     pub fn power(&self) -> Option<u64> {
         self.power
     }

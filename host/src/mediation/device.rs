@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use vfio_mediate_sdk::state::DeviceState;
 
 use super::calls::Shared;
-use super::config::{COMMAND, COMMAND_MEMORY, POWER_STATE};
+use super::config::COMMAND_MEMORY;
 use super::error::Result;
 use super::gate::{Class, CloseError, Exclusive, GateClosed, Pass, Reason, Standing};
+use super::ioeventfd::IoEventFds;
 use super::lane::Lane;
 use super::layout;
 use super::low_power::{Asleep, Entered};
@@ -20,6 +21,7 @@ use super::tables::Tables;
 use super::tracking::Active;
 use super::{MediationError, lock};
 use crate::device::{Area, Device, DeviceInfo, Identity};
+use crate::lock_order::{self, Right};
 use crate::memory::AddressSpace;
 
 /// How long things may take before they become errors.
@@ -53,14 +55,6 @@ pub(super) struct Condition {
 }
 
 impl Condition {
-    /// Whether a write to configuration space leaves memory disabled. `power`: where PMCSR is.
-    pub(super) fn disables(&self, power: Option<u64>, offset: u64, data: &[u8]) -> bool {
-        let byte = |at: u64| at.checked_sub(offset).and_then(|at| data.get(usize::try_from(at).ok()?).copied());
-        let command = byte(COMMAND).is_some_and(|low| u16::from(low) & COMMAND_MEMORY == 0);
-        let asleep = power.and_then(byte).is_some_and(|low| low & POWER_STATE != 0);
-        asleep || (command && self.has_memory_enable)
-    }
-
     pub(super) fn standing(&self) -> Standing {
         let disabled = self.low_power || (self.has_memory_enable && self.command & COMMAND_MEMORY == 0);
         let memory = match (self.state.is_running(), disabled) {
@@ -98,6 +92,7 @@ pub struct MediatedDevice {
     pub(super) mappable: Vec<Vec<Area>>,
     pub(super) stand_ins: Vec<StandIn>,
     pub(super) maps: Maps,
+    pub(super) ioeventfds: Arc<IoEventFds>,
     pub(super) condition: Mutex<Condition>,
     pub(super) streams: Mutex<Streams>,
     pub(super) tracking: Mutex<Option<Active>>,
@@ -151,11 +146,18 @@ impl MediatedDevice {
         self.shared.irq_infos.len() as u32
     }
 
+    /// To be called at once: nothing is locked.
+    #[track_caller]
     pub(super) fn device(&self) -> &dyn Device {
+        lock_order::calling_out();
         &*self.device
     }
 
+    /// For a call of the plug-in, at once: nothing is locked.
+    #[track_caller]
+    #[inline]
     pub(super) fn frame(&self, origin: Origin) -> CallFrame<'_> {
+        lock_order::calling_out();
         CallFrame { origin, deadline: u64::MAX, cancel: Some(&self.shared.cancel) }
     }
 
@@ -178,6 +180,7 @@ impl MediatedDevice {
 
     /// As [`Self::with_pass`], of the host's own accord: no reason to wake a device that sleeps.
     pub(super) fn with_own_pass<T>(&self, class: Class, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        lock_order::entering();
         let pass = self.shared.gate.enter_until(class, || Instant::now() + self.limits.access_wait)?;
         self.under(pass, work)
     }
@@ -194,6 +197,7 @@ impl MediatedDevice {
     /// A client's pass: it wakes the device, where that sleeps with a wake-up.
     #[inline]
     pub(super) fn enter(&self, class: Class) -> Result<Pass<'_>> {
+        lock_order::entering();
         match self.shared.gate.enter_until(class, || Instant::now() + self.limits.access_wait) {
             Ok(pass) => Ok(pass),
             Err(GateClosed { reason: Reason::Suspended }) => self.enter_suspended(class),
@@ -214,9 +218,12 @@ impl MediatedDevice {
         deadline: Instant,
         work: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
+        let _right = lock_order::right(Right::Turn);
         let turn: Exclusive<'_> = self.shared.gate.close(reason, deadline).inspect_err(|error| {
             if *error == CloseError::DrainTimeout {
                 self.shared.cancel.store(true, Ordering::Release);
+                // Whoever leaves last takes the mappings back.
+                self.shared.gate.raise_attention();
             }
         })?;
         let done = self.settle(asleep).and_then(|()| work());
@@ -264,6 +271,7 @@ impl MediatedDevice {
 
     /// For good. The second time nothing is left to do.
     fn shut(&self) {
+        let _right = lock_order::right(Right::Turn);
         let turn = self.shared.gate.close(Reason::Closed, self.drain_deadline());
         if turn.is_ok() {
             // The plug-in's last call still reaches the device.
@@ -298,6 +306,7 @@ impl Drop for MediatedDevice {
         shared.cancel.store(true, Ordering::Release);
         shared.timers.stop();
         shared.irqs.stop();
+        self.ioeventfds.stop();
         shared.watch.stop();
         // Nothing is in flight: every call borrows the device, and its threads are gone or are this one. A forgotten pass
         // would fail the gate, which refuses everything too.

@@ -7,11 +7,13 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
+
+use crate::lock_order::{Guard, lock};
 
 /// Vectors of one device that the table keeps: MSI-X has 2048 at most.
 const ROUTES_MAX: usize = 4096;
@@ -158,13 +160,13 @@ impl Irqs {
             }
         });
         let thread = thread.map_err(|_| Errno::AGAIN)?;
-        *self.poller.lock().unwrap_or_else(PoisonError::into_inner) = Some(Poller { stop, wake, thread });
+        *lock(&self.poller) = Some(Poller { stop, wake, thread });
         Ok(())
     }
 
     /// Ends the thread. Nothing fires afterwards, unless this *is* that thread, which then ends by itself.
     pub fn stop(&self) {
-        let poller = self.poller.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let poller = lock(&self.poller).take();
         if let Some(poller) = poller {
             poller.stop.store(true, Ordering::Release);
             let _ = rustix::io::write(&*poller.wake, &1u64.to_ne_bytes());
@@ -176,7 +178,7 @@ impl Irqs {
     }
 
     fn wake(&self) {
-        if let Some(poller) = &*self.poller.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(poller) = &*lock(&self.poller) {
             let _ = rustix::io::write(&*poller.wake, &1u64.to_ne_bytes());
         }
     }
@@ -185,12 +187,12 @@ impl Irqs {
         self.routes().iter().filter_map(|(vector, route)| Some((*vector, route.interposed.clone()?))).collect()
     }
 
-    fn routes(&self) -> MutexGuard<'_, BTreeMap<Vector, Route>> {
-        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn routes(&self) -> Guard<'_, BTreeMap<Vector, Route>> {
+        lock(&self.routes)
     }
 }
 
-fn new_eventfd() -> Result<OwnedFd, Errno> {
+pub(super) fn new_eventfd() -> Result<OwnedFd, Errno> {
     eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
 }
 

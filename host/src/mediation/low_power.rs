@@ -28,6 +28,7 @@ use super::error::{MediationError, Result};
 use super::gate::{Class, CloseError, GateClosed, Pass, Reason};
 use super::lock;
 use crate::device::{ErrorKind, Feature, FeatureAccess, Power};
+use crate::lock_order::{self, Right};
 
 /// Times that what hooks have asked for is done before an entry gives up.
 const ROUNDS_MAX: usize = 4;
@@ -64,6 +65,7 @@ impl MediatedDevice {
                 return Err(MediationError::refused("low power of a device that is being migrated", Errno::BUSY));
             }
             // For a passing reason: who comes meanwhile learns at the end whether the device sleeps.
+            let _right = lock_order::right(Right::Turn);
             let turn = self.shared.gate.close_or_leave(Reason::Reconfiguring, deadline)?;
             let done = if self.shared.gate.wants_attention() { None } else { Some(self.fall_asleep(wakeup)) };
             self.release(turn);
@@ -144,6 +146,7 @@ impl MediatedDevice {
     }
 
     fn end_low_power(&self, asleep: Asleep, deadline: Instant) -> Result<()> {
+        let _right = lock_order::right(Right::Turn);
         match self.shared.gate.close_or_leave(Reason::Reconfiguring, deadline) {
             Ok(turn) => {
                 let awake = self.settle(asleep);
@@ -177,3 +180,7 @@ impl MediatedDevice {
         seen
     }
 }
+
+#[cfg(all(test, not(loom)))]
+#[path = "low_power_tests.rs"]
+mod tests;

@@ -127,6 +127,12 @@ impl RegionMap {
         self.access(device, || self.memory.store_u32(offset, value))
     }
 
+    /// One 32-bit load as by a raw pointer ([`Self::address`]): no pass, no check. While the mapping is revoked the calling thread
+    /// gets SIGBUS, or waits, as [`MapOptions::faults`] says. EINVAL outside and where it is not aligned.
+    pub fn touch_u32(&self, offset: u64) -> Result<u32> {
+        self.memory.touch_u32(offset).map_err(|error| self.error(&error))
+    }
+
     /// Under a pass: it is not revoked meanwhile.
     fn access<T>(
         &self,
@@ -211,6 +217,19 @@ impl MediatedDevice {
         Ok(())
     }
 
+    /// Before a write to configuration space: revoke first, then act. The caller has the device alone, or writes nothing that
+    /// disables memory.
+    #[cold]
+    pub(super) fn revoke_if_disabled(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let gated = self.shared.gated.load(Ordering::Acquire);
+        if self.shared.filter.disables(offset, data, gated) { self.revoke_maps() } else { Ok(()) }
+    }
+
+    /// Whether any mapping is live.
+    pub(super) fn has_live_maps(&self) -> bool {
+        self.maps.out().iter().any(|map| map.is_live())
+    }
+
     /// Puts back what may be put back. The caller has the device alone and open. What cannot be mapped again stays revoked:
     /// its accesses are errors, and the next turn tries once more.
     pub(super) fn restore_maps(&self) {
@@ -234,14 +253,36 @@ impl MediatedDevice {
     /// Ends a turn: mappings and gate are as the condition says.
     pub(super) fn release(&self, turn: Exclusive<'_>) {
         let standing = lock(&self.condition).standing();
-        if standing == Standing::OPEN && self.shared.gate.closed(Class::Control) != Some(Reason::Failed) {
+        let open = || standing == Standing::OPEN && !self.has_failed();
+        if open() {
             self.restore_maps();
-        } else if let Err(error) = self.revoke_maps() {
+        }
+        // Also when it failed meanwhile: whoever failed it may have revoked before they were back.
+        if !open()
+            && let Err(error) = self.revoke_maps()
+        {
             // Late, for what a hook did by itself; and a mapping that stays may reach what must not be reached.
             tracing::error!(device = %self.identity().name, %error, "the device is failed");
             self.shared.gate.fail();
         }
         turn.release(standing);
+    }
+
+    fn has_failed(&self) -> bool {
+        self.shared.gate.closed(Class::Control) == Some(Reason::Failed)
+    }
+
+    /// A failed device is out of reach as soon as nobody is in the middle of an access; the last one comes here again.
+    pub(super) fn revoke_failed(&self) {
+        if !self.has_failed() || !self.has_live_maps() {
+            return;
+        }
+        if !self.shared.gate.is_failed_and_empty() {
+            return self.shared.gate.raise_attention();
+        }
+        if let Err(error) = self.revoke_maps() {
+            tracing::error!(device = %self.identity().name, %error, "a mapping of a failed device stays");
+        }
     }
 
     /// The device is being closed, and nothing is in flight.

@@ -19,7 +19,8 @@
 //! thread that leaves the gate without holding another pass.
 //!
 //! Lock order: none of this module's locks is held while another is taken, or while anything outside is called. The order of
-//! *rights* is: `lane` (one state, dirty or DMA operation at a time) before the gate's turn before `events`.
+//! *rights* is: `lane` (one state, dirty or DMA operation at a time) before the gate's turn before `events`. Debug builds
+//! check both ([`crate::lock_order`]).
 
 mod access;
 mod calls;
@@ -31,6 +32,7 @@ mod dma;
 mod error;
 pub mod gate;
 mod info;
+mod ioeventfd;
 mod irqs;
 mod lane;
 mod layout;
@@ -50,6 +52,7 @@ mod watch;
 
 pub use device::{Limits, MediatedDevice};
 pub use error::{MediationError, Refusal, Remedy, Result, StateError};
+pub use ioeventfd::Kick;
 pub use low_power::Entered;
 pub use maps::{MapOptions, RegionMap};
 pub use mediator::{Exactness, PluginSummary, Remaining, Saved};
@@ -59,9 +62,4 @@ pub use watch::{Notice, Observer};
 
 pub use crate::sys::Faults;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
-/// A poisoned lock's data are still whole: nothing that can panic runs under one.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use crate::lock_order::lock;

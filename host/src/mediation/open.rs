@@ -19,6 +19,7 @@ use super::maps::Maps;
 use super::mediator::{Claim, HostCalls, Mediator, MmapAnswer, Origin};
 use super::tables::Tables;
 use crate::device::{Area, Backend, CONFIG_REGION, Device, ErrorKind, RegionInfo};
+use crate::lock_order::Right;
 use crate::memory::{AddressSpace, PAGE_SIZE};
 use crate::plugin::{OpenError, ProbeIdentity, Registry};
 
@@ -66,6 +67,7 @@ impl MediatedDevice {
             mappable,
             stand_ins: Vec::new(),
             maps,
+            ioeventfds: Arc::default(),
             condition: Mutex::new(Condition {
                 state: DeviceState::Running,
                 command: 0,
@@ -75,9 +77,9 @@ impl MediatedDevice {
             }),
             streams: Mutex::default(),
             tracking: Mutex::default(),
-            lane: Lane::default(),
+            lane: Lane::new(Right::Lane),
             walking: AtomicBool::new(false),
-            events: Lane::default(),
+            events: Lane::new(Right::Events),
         };
         mediated.stand_ins = mediated.ask_stand_ins()?;
         let mediated = Arc::new(mediated);

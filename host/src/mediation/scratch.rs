@@ -4,11 +4,12 @@
 //! goes where nothing is mapped, and a later guest map that would cover one is refused (EEXIST). Locks: `blocks`, a leaf.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
 use crate::device::IovaRange;
+use crate::lock_order::{Guard, lock};
 use crate::memory::{IovaMapping, PAGE_SIZE};
 use crate::sys::{Mapping, Seal, memfd};
 
@@ -67,8 +68,8 @@ impl Scratch {
         self.lock().iter().any(|(start, block)| *start <= last && iova <= start + (block.len() - 1))
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Mapping>>> {
-        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> Guard<'_, BTreeMap<u64, Arc<Mapping>>> {
+        lock(&self.blocks)
     }
 }
 

@@ -4,11 +4,13 @@
 //! its lock held, nor turn a virtual clock: there a timer fires once somebody else has. Locks: `armed`, a leaf.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::io::Errno;
+
+use crate::lock_order::lock;
 
 /// Cookies of one device (`HostServices::timer_arm`).
 pub const TIMERS_MAX: usize = 16;
@@ -45,7 +47,7 @@ impl Timers {
         due: Duration,
         spawn: impl FnOnce() -> std::io::Result<JoinHandle<()>>,
     ) -> Result<(), Errno> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         if !state.armed.contains_key(&cookie) && state.armed.len() >= TIMERS_MAX {
             return Err(Errno::NOSPC);
         }
@@ -62,37 +64,44 @@ impl Timers {
 
     /// Harmless when it is not armed.
     pub fn cancel(&self, cookie: u64) {
-        self.lock().armed.remove(&cookie);
+        lock(&self.state).armed.remove(&cookie);
     }
 
     /// The thread's body. `now` is the device's clock; `deliver` calls the plug-in.
     pub fn run(&self, now: impl Fn() -> Duration, deliver: impl Fn(u64) -> Delivery) {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         while !state.stop {
             let next = state.armed.iter().min_by_key(|(_, due)| **due).map(|(cookie, due)| (*cookie, *due));
             let Some((cookie, due)) = next else {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = state.wait(&self.changed);
                 continue;
             };
+            // The clock is the device's: it is asked without the lock, and what was armed meanwhile is looked at next time.
+            drop(state);
             let left = due.saturating_sub(now());
+            state = lock(&self.state);
             if left > Duration::ZERO {
-                state = self.changed.wait_timeout(state, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner).0;
+                state = state.wait_timeout(&self.changed, left.min(LOOK));
+                continue;
+            }
+            // Cancelled or moved in between?
+            if state.stop || state.armed.get(&cookie) != Some(&due) {
                 continue;
             }
             state.armed.remove(&cookie);
             drop(state);
             let delivery = deliver(cookie);
-            state = self.lock();
+            state = lock(&self.state);
             if delivery == Delivery::Later {
                 state.armed.entry(cookie).or_insert(due);
-                state = self.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+                state = state.wait_timeout(&self.changed, LOOK);
             }
         }
     }
 
     /// Ends the thread and forgets every timer.
     pub fn stop(&self) {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         state.stop = true;
         state.armed.clear();
         let thread = state.thread.take();
@@ -104,10 +113,6 @@ impl Timers {
             // A panic of the thread has been reported where it happened.
             let _finished = thread.join();
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -172,6 +172,7 @@ impl Watch {
             news.observer.clone()
         };
         if let Some(observer) = observer {
+            crate::lock_order::calling_out();
             observer(notice);
         }
     }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fmt::{self, Debug};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -31,8 +31,20 @@ const RW: u32 = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
 
 /// Region 0: a mappable BAR of 16 pages; region 1: one byte; region 7: configuration space with a power capability at 0x40.
 /// Irq index 2: four MSI-X vectors.
+/// Called with the name of each step that the device is about to take.
+pub struct Watcher(pub Box<dyn Fn(&'static str) + Send + Sync>);
+
+impl Debug for Watcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Watcher")
+    }
+}
+
 #[derive(Debug)]
 pub struct FakeDevice {
+    /// What a mapping of the BAR shows
+    pub memory: OwnedFd,
+    pub watcher: OnceLock<Watcher>,
     pub identity: Identity,
     pub bar: Mutex<Vec<u8>>,
     pub config: Mutex<Vec<u8>>,
@@ -73,6 +85,8 @@ impl FakeDevice {
             config: config.clone(),
         };
         Self {
+            memory: memfd("fake", BAR, Seal::Size).unwrap(),
+            watcher: OnceLock::new(),
             identity,
             bar: Mutex::new(vec![0; BAR as usize]),
             config: Mutex::new(config),
@@ -99,6 +113,10 @@ impl FakeDevice {
     }
 
     fn step(&self, what: &'static str) -> Result<()> {
+        vfio_mediate::lock_order::calling_out();
+        if let Some(watcher) = self.watcher.get() {
+            (watcher.0)(what);
+        }
         match self.failing.lock().unwrap().get(what) {
             Some((kind, errno)) => {
                 Err(DeviceError { kind: *kind, device: "fake".to_owned(), what: what.to_owned(), errno: *errno })
@@ -211,12 +229,12 @@ impl Device for FakeDevice {
         Ok(())
     }
 
-    fn region_map(&self, index: u32, _offset: u64, length: u64) -> Result<Arc<Mapping>> {
+    fn region_map(&self, index: u32, offset: u64, length: u64) -> Result<Arc<Mapping>> {
         if index != 0 {
             return Err(self.refused(Errno::NODEV));
         }
-        let fd = memfd("fake", length, Seal::Size).unwrap();
-        Ok(Arc::new(Mapping::new(&fd, 0, length).unwrap()))
+        self.step("region_map")?;
+        Ok(Arc::new(Mapping::new(&self.memory, offset, length).unwrap()))
     }
 
     fn set_irqs(&self, request: &IrqSet<'_>) -> Result<()> {

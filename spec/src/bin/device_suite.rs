@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
@@ -95,6 +96,11 @@ fn run(arguments: &Arguments) -> Result<usize> {
         let options = Options { iommu: Some(device.iommu().clone()), ..Default::default() };
         let second = open(second, arguments.how, &options)?;
         failures += device_suite::run_pair(&device, &second, &arguments.case, print)?;
+    }
+    if matches!(arguments.kind, Kind::Edu | Kind::Igbvf) {
+        // At last, since they mediate it and so have it for themselves.
+        let device: Arc<dyn Device> = Arc::new(device);
+        failures += device_suite::maps::run(&device, &arguments.case, print)?;
     }
     Ok(failures)
 }

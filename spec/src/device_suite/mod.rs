@@ -9,6 +9,7 @@ mod edu;
 mod generic;
 mod igbvf;
 pub mod kvm;
+pub mod maps;
 mod migration;
 mod power;
 

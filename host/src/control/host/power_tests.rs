@@ -89,6 +89,7 @@ fn a_migration_under_way_is_cancelled_before_its_device_is_let_go() {
     let job = source.migrate(&destination.listening().unwrap().to_string(), false, false).unwrap();
     watcher.wait_held();
     device(&source).announce(Notice::ReleaseRequested);
+    until("it is cancelled", || lock(&source.state).cancel.is_cancelled());
     assert!(lock(&watcher.released).is_empty());
     watcher.let_go();
     let Response::Error(failure) = end(&job) else { panic!("{:?}", end(&job)) };

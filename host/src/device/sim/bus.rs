@@ -48,6 +48,7 @@ impl Function {
 
     /// Asks the plan before an operation. Not to be called with the device's lock held: a delay waits here.
     pub(super) fn step(&self, what: &'static str) -> Result<()> {
+        crate::lock_order::calling_out();
         let fault = self.faults.step(what);
         if fault == Some(Fault::Lose) {
             self.lost.store(true, Ordering::SeqCst);

@@ -270,6 +270,16 @@ fn the_last_reference_goes_inside_a_callback(how: How) {
     bench.assert_closed("the VM's end");
 }
 
+fn what_kvm_does_not_let_go_ends_with_the_vm(how: How) {
+    let (bench, vm) = Bench::new(how);
+    let device = bench.open(Some(&vm.handle())).unwrap();
+    bench.kvm.refuse_next(Call::Delete, Errno::IO);
+    close(device);
+    assert_eq!((bench.steps.open(), bench.kvm.count()), (1, 1), "its file, in KVM");
+    drop(vm);
+    bench.assert_closed("the VM's end");
+}
+
 fn a_group_is_known_to_one_vm(how: How) {
     let (bench, vm) = Bench::new(how);
     let other_kvm = SimKvm::new();
@@ -296,16 +306,17 @@ const SUITE: &[fn(How)] = &[
     a_pinning_device_keeps_the_vm_until_it_is_closed,
     devices_are_counted_by_their_file,
     the_last_reference_goes_inside_a_callback,
+    what_kvm_does_not_let_go_ends_with_the_vm,
     a_group_is_known_to_one_vm,
 ];
 
-/// spec: KVM-1 KVM-3 KVM-4 KVM-5 KVM-6 KVM-7 KVM-8 KVM-9
+/// spec: KVM-1 KVM-3 KVM-4 KVM-5 KVM-6 KVM-7 KVM-8 KVM-9 KVM-12
 #[test]
 fn opening_with_a_vm_keeps_its_promises_by_group() {
     SUITE.iter().for_each(|case| case(How::Group));
 }
 
-/// spec: KVM-1 KVM-3 KVM-4 KVM-5 KVM-6 KVM-7 KVM-8
+/// spec: KVM-1 KVM-3 KVM-4 KVM-5 KVM-6 KVM-7 KVM-8 KVM-12
 #[test]
 fn opening_with_a_vm_keeps_its_promises_by_cdev() {
     SUITE.iter().for_each(|case| case(How::Cdev));

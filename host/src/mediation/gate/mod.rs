@@ -52,6 +52,7 @@ use std::sync::{
     atomic::{AtomicU32, Ordering, fence},
 };
 
+use crate::lock_order;
 #[cfg(not(loom))]
 use crate::sys::AsymmetricFence;
 
@@ -416,6 +417,32 @@ impl Gate {
         });
     }
 
+    /// Refuses accesses of memory from now on, until the next turn ends, without waiting for what is in flight: for somebody
+    /// with a pass, who cannot have the device alone.
+    pub fn refuse_memory(&self, reason: Reason) {
+        self.update(|state| match state & MEMORY {
+            0 => state | (reason as u32) << MEMORY_SHIFT,
+            _ => state,
+        });
+    }
+
+    /// Whether the gate is failed and nobody is inside: then nobody will be.
+    pub fn is_failed_and_empty(&self) -> bool {
+        if self.state.load(Ordering::Acquire) & EVERYTHING != Reason::Failed as u32 {
+            return false;
+        }
+        self.heavy();
+        self.is_drained()
+    }
+
+    /// Why an access in flight may go no further, if it may not: a lasting reason that came after it was let in.
+    pub fn cut(&self, class: Class) -> Option<Reason> {
+        let state = self.state.load(Ordering::Acquire) & class.mask();
+        // Memory's reasons last; everything's may be that of a turn that waits for this access.
+        let reasons = [state & EVERYTHING, (state & MEMORY) >> MEMORY_SHIFT];
+        reasons.into_iter().filter_map(Reason::from_raw).find(|reason| !reason.is_passing())
+    }
+
     /// Why accesses of this class are refused now, if they are. Changes at any time.
     pub fn closed(&self, class: Class) -> Option<Reason> {
         match self.state.load(Ordering::Acquire) & class.mask() {
@@ -462,14 +489,15 @@ impl Gate {
         let _ = self.state.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |state| Some(next(state)));
     }
 
-    fn wait<'a>(&self, turn: MutexGuard<'a, Turn>, deadline: Instant) -> Result<MutexGuard<'a, Turn>, TimedOut> {
+    fn wait<'a>(&self, locked: Locked<'a>, deadline: Instant) -> Result<Locked<'a>, TimedOut> {
+        let Locked { turn, held } = locked;
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() && !cfg!(loom) {
             return Err(TimedOut);
         }
         match self.changed.wait_timeout(turn, left) {
-            Ok((turn, _)) => Ok(turn),
-            Err(poisoned) => Ok(poisoned.into_inner().0),
+            Ok((turn, _)) => Ok(Locked { turn, held }),
+            Err(poisoned) => Ok(Locked { turn: poisoned.into_inner().0, held }),
         }
     }
 
@@ -516,8 +544,30 @@ impl Way {
     }
 }
 
-fn lock(turn: &Mutex<Turn>) -> MutexGuard<'_, Turn> {
-    turn.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+/// The turn, locked: a leaf.
+struct Locked<'a> {
+    // Unlocked first.
+    turn: MutexGuard<'a, Turn>,
+    held: lock_order::Held,
+}
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = Turn;
+
+    fn deref(&self) -> &Turn {
+        &self.turn
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Turn {
+        &mut self.turn
+    }
+}
+
+fn lock(turn: &Mutex<Turn>) -> Locked<'_> {
+    let held = lock_order::leaf();
+    Locked { turn: turn.lock().unwrap_or_else(std::sync::PoisonError::into_inner), held }
 }
 
 #[cold]
