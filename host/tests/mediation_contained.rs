@@ -12,6 +12,9 @@ use vfio_mediate::mediation::mediator::Verdict;
 use vfio_mediate::mediation::{Limits, MediatedDevice};
 use vfio_mediate_sdk::state::DeviceState;
 
+/// Something that needs the device alone, and the errno that it ends with.
+type Change = fn(&MediatedDevice) -> Errno;
+
 const DRAIN: Duration = Duration::from_millis(100);
 
 /// Its hook at 8 does not return while `blocked`; the one at 0 does nothing else than count.
@@ -53,8 +56,7 @@ fn a_hook_that_hangs_costs_its_device_after_a_deadline_and_no_other() {
     let arc = |device: &MediatedDevice| device.set_state(DeviceState::Stop, Instant::now() + DRAIN).unwrap_err().errno;
     let table = |device: &MediatedDevice| device.start_tracking().unwrap_err().errno();
     let command = |device: &MediatedDevice| device.region_write(CONFIG, COMMAND, &[0, 0]).unwrap_err().errno();
-    let changes: [(&str, &dyn Fn(&MediatedDevice) -> Errno); 4] =
-        [("reset", &reset), ("arc", &arc), ("table", &table), ("command", &command)];
+    let changes: [(&str, Change); 4] = [("reset", reset), ("arc", arc), ("table", table), ("command", command)];
     for (name, change) in changes {
         let (blocked, inside) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU64::new(0)));
         let device = Arc::new(FakeDevice { native: Some(FakeNative::new(b"state")), ..FakeDevice::new() });
