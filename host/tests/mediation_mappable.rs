@@ -184,17 +184,17 @@ fn a_claim_of_one_map_only_takes_its_pages_in_both() {
 #[test]
 fn a_page_with_bytes_of_two_claims_is_never_a_files() {
     let file = claimed(2 * PAGE, 4 * PAGE, When::Both, true);
-    check(&WHOLE, &[file.clone()]);
+    check(&WHOLE, &[file]);
     for (offset, length) in [(2 * PAGE - 1, 1), (6 * PAGE, 1), (6 * PAGE, PAGE)] {
         for has_mmap in [false, true] {
-            check(&WHOLE, &[file.clone(), claimed(offset, length, When::Both, has_mmap)]);
+            check(&WHOLE, &[file, claimed(offset, length, When::Both, has_mmap)]);
         }
     }
     // Not on page boundaries: its first and last page have other bytes too.
     let ragged = claimed(2 * PAGE + 8, 4 * PAGE, When::Both, true);
-    check(&WHOLE, &[ragged.clone()]);
+    check(&WHOLE, &[ragged]);
     for (offset, length) in [(2 * PAGE, 8), (6 * PAGE + 8, 8), (6 * PAGE + 8, 2 * PAGE)] {
-        check(&WHOLE, &[ragged.clone(), claimed(offset, length, When::Both, true)]);
+        check(&WHOLE, &[ragged, claimed(offset, length, When::Both, true)]);
     }
 }
 
