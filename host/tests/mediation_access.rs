@@ -98,7 +98,9 @@ fn command_written_by_the_plug_in_itself_closes_the_gate_too() {
 /// spec: INFO-2
 #[test]
 fn information_hooks_may_only_narrow() {
-    for (size, flags, accepted) in [(BAR, 7, true), (BAR - PAGE, 3, true), (BAR + 1, 7, false), (BAR, 15, false)] {
+    for (size, flags, accepted) in
+        [(BAR, 7, true), (BAR - PAGE, 3, true), (BAR - PAGE, 7, true), (BAR + 1, 7, false), (BAR, 15, false)]
+    {
         let device = Arc::new(FakeDevice::new());
         let mediated = open_script(&device, |script| {
             script.claims = vec![claim(0, 8 * PAGE, 4)];
@@ -110,6 +112,11 @@ fn information_hooks_may_only_narrow() {
         })
         .unwrap();
         let info = mediated.region_info(0);
+        // What a client is not told of it cannot map either.
+        let maps = |offset| mediated.region_map(0, offset, PAGE).map_err(|error| error.errno()).err();
+        let refused = |ok: bool| if ok { None } else { Some(if accepted { Errno::NODEV } else { Errno::IO }) };
+        assert_eq!(maps(0), refused(accepted && flags == 7), "{size:#x} {flags:#x}");
+        assert_eq!(maps(BAR - PAGE), refused(accepted && flags == 7 && size == BAR), "{size:#x} {flags:#x}");
         assert_eq!(info.is_ok(), accepted, "{size:#x} {flags:#x}");
         match info {
             Ok(info) if flags == 3 => assert!(info.capabilities.is_empty() && info.flags == 3),

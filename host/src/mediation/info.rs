@@ -21,7 +21,8 @@ impl MediatedDevice {
         })
     }
 
-    fn own_region_info(&self, index: u32) -> Result<RegionInfo> {
+    /// What the device tells of one of its own regions, and what the hooks leave of that.
+    fn narrowed(&self, index: u32) -> Result<(&RegionInfo, abi::RegionInfo)> {
         let no_region = || MediationError::refused(format!("region {index}"), Errno::INVAL);
         let own = self.shared.regions[index as usize].as_ref().ok_or_else(no_region)?;
         let mut info = self.shared.region_info(index).map_err(|_| no_region())?;
@@ -30,6 +31,21 @@ impl MediatedDevice {
                 narrow_region(&**plugin, claim, self, &mut info)?;
             }
         }
+        Ok((own, info))
+    }
+
+    /// Whether the hooks of region info let these bytes be mapped, if anything else does. The caller has a pass.
+    pub(super) fn hooks_let_map(&self, index: u32, area: Area) -> Result<bool> {
+        if index >= self.own_regions() {
+            return Ok(true);
+        }
+        let (own, info) = self.narrowed(index)?;
+        let forbidden = own.flags & !info.flags & VFIO_REGION_INFO_FLAG_MMAP != 0;
+        Ok(!forbidden && area.offset.checked_add(area.length).is_some_and(|end| end <= info.size))
+    }
+
+    fn own_region_info(&self, index: u32) -> Result<RegionInfo> {
+        let (own, info) = self.narrowed(index)?;
         let mut areas: Vec<Area> = self.mappable(index).to_vec();
         areas.extend(self.stand_ins.iter().filter(|stand_in| stand_in.region == index).map(|stand_in| stand_in.area));
         areas.sort_unstable();

@@ -156,6 +156,11 @@ impl RegionMap {
     }
 }
 
+fn unmappable(index: u32, area: Area) -> MediationError {
+    let what = format!("mapping {:#x} bytes at {:#x} of region {index}", area.length, area.offset);
+    MediationError::refused(what, Errno::NODEV)
+}
+
 impl MediatedDevice {
     /// Maps part of a region into this process: whole areas of [`Self::region_info`] only. ENODEV where nothing may be
     /// mapped, EIO while memory is disabled, ENOSPC for too many mappings.
@@ -168,6 +173,9 @@ impl MediatedDevice {
         let area = Area { offset, length };
         // The pass is held until the map is in the list: whoever revokes afterwards finds it.
         self.with_pass(Class::Memory, || {
+            if !self.hooks_let_map(index, area)? {
+                return Err(unmappable(index, area));
+            }
             let mapping = self.fresh(index, area, options)?;
             let failed = |error| MediationError::refused(format!("mapping region {index}"), errno_of(&error));
             let memory = Revocable::new(mapping, options.faults).map_err(failed)?;
@@ -190,8 +198,7 @@ impl MediatedDevice {
             return Ok(self.device().region_map(index, offset, length)?);
         }
         let Some(stand_in) = self.stand_in(index, area) else {
-            let what = format!("mapping {length:#x} bytes at {offset:#x} of region {index}");
-            return Err(MediationError::refused(what, Errno::NODEV));
+            return Err(unmappable(index, area));
         };
         let from = stand_in.fd_offset + (offset - stand_in.area.offset);
         let map = Mapping::new(stand_in.fd.as_fd(), from, length);
