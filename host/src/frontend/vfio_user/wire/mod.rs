@@ -163,7 +163,7 @@ impl<'a> Reader<'a> {
 }
 
 /// Puts fields behind each other.
-pub(super) trait Put {
+pub(in crate::frontend::vfio_user) trait Put {
     fn u16(&mut self, value: u16);
     fn u32(&mut self, value: u32);
     fn u64(&mut self, value: u64);
