@@ -22,7 +22,7 @@ mod tests;
 pub use input::{FDS_WAITING_MAX, INPUT_BYTES, Message, REQUESTS_WAITING_MAX};
 pub use maps::Maps;
 pub use outstanding::{OUTSTANDING_BYTES_MAX, OUTSTANDING_MAX, Ticket};
-pub use serve::{Backend, RegionAnswer, serve};
+pub use serve::{Backend, RegionAnswer, Served, serve};
 
 use rustix::io::Errno;
 

@@ -63,7 +63,7 @@ pub trait Backend {
     fn logging_start(&mut self, page_size: u64, ranges: LoggingRanges<'_>) -> Result<u64, Errno>;
     fn logging_stop(&mut self) -> Result<(), Errno>;
     /// ORs the dirty pages of any range into `bitmap`, which is zeros; bit i is page i of the report's size. What was taken
-    /// from the log must come back into it unless the reply is sent in full.
+    /// from the log comes back into it unless [`Served::Report`] follows and that reply is sent in full.
     fn logging_report(&mut self, report: &LoggingReport, bitmap: &mut [u8]) -> Result<(), Errno>;
     fn low_power_entry(&mut self, wakeup: Option<Self::Fd>) -> Result<(), Errno>;
     fn low_power_exit(&mut self) -> Result<(), Errno>;
@@ -73,6 +73,19 @@ fn lock(maps: &Mutex<Maps>) -> MutexGuard<'_, Maps> {
     maps.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What a request has left to do.
+#[must_use]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// No reply is wanted. What a report took out of the dirty log, if it was one, must go back.
+    Silent,
+    /// The output is to be sent.
+    Reply,
+    /// The output is to be sent, and has dirty pages that were taken out of the log: once it is sent in full they are the
+    /// client's; if that fails they must go back.
+    Report,
+}
+
 /// Serves one request. `out` is the reply; empty if none is wanted.
 pub fn serve<B: Backend>(
     message: &mut Message<B::Fd>,
@@ -80,14 +93,23 @@ pub fn serve<B: Backend>(
     maps: &Mutex<Maps>,
     backend: &mut B,
     out: &mut Output<B::Fd>,
-) {
+) -> Served {
     let fds = std::mem::take(&mut message.fds);
     out.begin();
     let done = Call { negotiated, maps, backend, out }.run(message, fds);
     match done {
-        _ if message.no_reply() => out.clear(),
-        Ok(()) => out.finish(message),
-        Err(errno) => out.error(message, errno),
+        _ if message.no_reply() => {
+            out.clear();
+            Served::Silent
+        }
+        Ok(served) => {
+            out.finish(message);
+            served
+        }
+        Err(errno) => {
+            out.error(message, errno);
+            Served::Reply
+        }
     }
 }
 
@@ -99,13 +121,19 @@ struct Call<'a, B: Backend> {
 }
 
 impl<B: Backend> Call<'_, B> {
-    fn run(mut self, message: &Message<B::Fd>, fds: Vec<B::Fd>) -> Result<(), Errno> {
+    fn run(mut self, message: &Message<B::Fd>, fds: Vec<B::Fd>) -> Result<Served, Errno> {
         if message.fds_refused || !matches!(message.header.kind, MessageType::Command { .. }) {
             return Err(Errno::INVAL);
         }
         let (payload, most) = (message.payload(), self.negotiated.max_data_xfer_size);
         let request = Request::parse(message.header.command, payload, fds.len(), most);
-        match request.map_err(|error| error.errno())? {
+        let request = request.map_err(|error| error.errno())?;
+        let served = match request {
+            Request::DmaUnmap(DmaUnmap { bitmap: Some(_), .. })
+            | Request::DeviceFeature(DeviceFeature { call: FeatureCall::LoggingReport(_), .. }) => Served::Report,
+            _ => Served::Reply,
+        };
+        match request {
             // Only once.
             Request::Version(_) => Err(Errno::INVAL),
             Request::DmaMap(map) => self.dma_map(map, fds),
@@ -136,7 +164,8 @@ impl<B: Backend> Call<'_, B> {
             Request::DeviceFeature(feature) => self.feature(&feature, payload, fds),
             Request::MigDataRead(read) => self.mig_data_read(read),
             Request::MigDataWrite(write) => self.backend.mig_data_write(write.data),
-        }
+        }?;
+        Ok(served)
     }
 
     /// `count` zero bytes at the end of the reply; where they begin.
@@ -265,10 +294,8 @@ impl<B: Backend> Call<'_, B> {
 /// Bits that have no page are zero.
 fn clear_behind(bitmap: &mut [u8], pages: u64) {
     let whole = usize::try_from(pages / 8).unwrap_or(usize::MAX);
-    if let Some(rest) = bitmap.get_mut(whole..) {
-        if let Some((first, behind)) = rest.split_first_mut() {
-            *first &= (1 << (pages % 8)) - 1;
-            behind.fill(0);
-        }
+    if let Some((first, behind)) = bitmap.get_mut(whole..).and_then(|rest| rest.split_first_mut()) {
+        *first &= (1 << (pages % 8)) - 1;
+        behind.fill(0);
     }
 }

@@ -163,6 +163,7 @@ struct Bench<'a> {
     maps: Mutex<Maps>,
     device: Device<'a>,
     open: &'a AtomicUsize,
+    served: Option<Served>,
 }
 
 /// A reply, as the client sees it.
@@ -222,7 +223,7 @@ fn version(major: u8, minor: u8, json: &[u8]) -> Vec<u8> {
 impl<'a> Bench<'a> {
     fn fresh(open: &'a AtomicUsize) -> Self {
         let (session, message, out) = (Session::new(), Message::new(), Output::default());
-        Self { session, message, out, maps: Mutex::default(), device: Device::default(), open }
+        Self { session, message, out, maps: Mutex::default(), device: Device::default(), open, served: None }
     }
 
     fn ready(open: &'a AtomicUsize) -> Self {
@@ -250,7 +251,9 @@ impl<'a> Bench<'a> {
                 Next::Close(violation) => return (answers, Some(violation)),
                 Next::Send => {}
                 Next::Serve(negotiated) => {
-                    serve(&mut self.message, &negotiated, &self.maps, &mut self.device, &mut self.out);
+                    let served = serve(&mut self.message, &negotiated, &self.maps, &mut self.device, &mut self.out);
+                    assert_eq!(served == Served::Silent, self.out.bytes.is_empty());
+                    self.served = Some(served);
                 }
             }
             let Some(head) = self.out.bytes.first_chunk() else { continue };

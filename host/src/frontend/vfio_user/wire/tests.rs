@@ -367,7 +367,7 @@ fn a_capability_chain_is_laid_out_as_the_kernel_does() {
 #[test]
 fn a_chain_that_loops_or_leaves_its_message_is_an_error() {
     let at = |next: u32| [&hex("0300 0100")[..], &next.to_le_bytes(), &[0; 8]].concat();
-    for next in [1, 8, 31, 32, 39, 41, 49, 1000, u32::MAX & !7] {
+    for next in [1, 8, 31, 32, 39, 41, 49, 1000, !7] {
         assert!(parse_capabilities(&info_of(1), &at(next)).is_err(), "{next}");
     }
     let outside = RegionCapability::SparseMmap(vec![Area { offset: 0xf_f000, length: 0x2000 }]);

@@ -281,3 +281,22 @@ fn migration_data_end_with_a_short_read() {
     assert_eq!([read(6), read(6), read(6)], [vec![0, 1, 2, 3, 4, 5], vec![6, 7, 8, 9], vec![]]);
     assert_eq!(bench.errno(Command::MigDataWrite, &[words(&[11, 3]), vec![1, 2, 3]].concat(), 0), None);
 }
+
+/// spec: VFU-65
+#[test]
+fn a_report_that_is_not_sent_is_told_apart_from_one_that_is() {
+    let open = AtomicUsize::new(0);
+    let mut bench = Bench::ready(&open);
+    let report = feature(8 | GET, 40, &[0, 4096, 4096]);
+    bench.ask(&request(1, 16, false, &report), 0);
+    assert_eq!(bench.served, Some(Served::Report));
+    bench.receive(&request(1, 16, true, &report), 0).unwrap();
+    bench.serve();
+    assert_eq!(bench.served, Some(Served::Silent), "the client saw nothing of it");
+    bench.device.fails = Some((3, Errno::IO));
+    bench.ask(&request(1, 16, false, &report), 0);
+    assert_eq!(bench.served, Some(Served::Reply), "an error has no dirty pages");
+    assert_eq!(bench.errno(Command::DmaMap, &dma_map(0, 0x3000), 0), None);
+    bench.ask(&request(1, 3, false, &words(&[56, 1, 0, 0, 0x3000, 0, 4096, 0, 16, 0])), 0);
+    assert_eq!(bench.served, Some(Served::Report), "an unmap's bitmap, too");
+}
