@@ -300,3 +300,31 @@ fn a_report_that_is_not_sent_is_told_apart_from_one_that_is() {
     bench.ask(&request(1, 3, false, &words(&[56, 1, 0, 0, 0x3000, 0, 4096, 0, 16, 0])), 0);
     assert_eq!(bench.served, Some(Served::Report), "an unmap's bitmap, too");
 }
+
+/// spec: VFU-15
+#[test]
+fn a_stream_of_long_requests_never_runs_out_of_room() {
+    let lengths = [1_000_000, 3, 70_000, 900_001, 1, 65_536, 65_535, 1_048_576, 12];
+    let write = |number: usize, length: usize| {
+        let data: Vec<u8> = (0..length).map(|i| (i * 7 + number) as u8).collect();
+        [region_read(0, length as u32), data].concat()
+    };
+    let sent: Vec<_> = (0..27).map(|number| write(number, lengths[number % lengths.len()])).collect();
+    let stream: Vec<u8> = sent.iter().flat_map(|payload| request(1, 10, false, payload)).collect();
+    for piece in [5_001, 65_536, 300_007, usize::MAX] {
+        let open = AtomicUsize::new(0);
+        let mut bench = Bench::ready(&open);
+        let (mut rest, mut seen) = (&stream[..], 0);
+        while !rest.is_empty() {
+            let count = bench.session.space().len().min(piece).min(rest.len());
+            assert!(count > 0, "with nothing left to serve there is room");
+            bench.receive(&rest[..count], 0).unwrap();
+            rest = &rest[count..];
+            while let Next::Serve(_) = bench.session.next(&mut bench.message, &mut bench.out) {
+                assert!(bench.message.payload() == sent[seen], "request {seen} in pieces of {piece}");
+                seen += 1;
+            }
+        }
+        assert_eq!(seen, sent.len());
+    }
+}
