@@ -2,3 +2,4 @@
 
 pub mod guest;
 pub mod in_process;
+pub mod vfio_user;

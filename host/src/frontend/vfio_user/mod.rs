@@ -1,0 +1,13 @@
+//! vfio-user: the protocol by which a VMM sees a mediated device over a socket (`spec/vfio-user.md`).
+//!
+//! **Owns** the protocol: its bytes (`wire`) and one connection's rules (`session`). **Must never** trust a client: what
+//! it sends is parsed once, into types that cannot be wrong, and is capped before anything is allocated or done.
+//!
+//! ```text
+//!  socket --bytes, fds--> session --requests--> serve --calls--> Backend (a device)
+//!  socket <--bytes, fds-- session <--replies--- serve <--answers-
+//!                            ^ DMA_READ, DMA_WRITE of the device, told apart from requests by type and id
+//! ```
+
+pub mod session;
+pub mod wire;
