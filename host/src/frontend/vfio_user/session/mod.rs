@@ -19,7 +19,7 @@ mod serve;
 #[cfg(test)]
 mod tests;
 
-pub use input::{FDS_WAITING_MAX, INPUT_BYTES, Message, REQUESTS_WAITING_MAX};
+pub use input::{FDS_WAITING_MAX, INPUT_BYTES, Lent, Message, REQUESTS_WAITING_MAX};
 pub use maps::Maps;
 pub use outstanding::{OUTSTANDING_BYTES_MAX, OUTSTANDING_MAX, Ticket};
 pub use serve::{Backend, RegionAnswer, Served, serve};
@@ -173,8 +173,29 @@ impl<F> Session<F> {
         if matches!(self.phase, Phase::Ended(_)) { &mut [] } else { self.input.space() }
     }
 
+    /// As [`Self::space`], for a driver that receives while the session is in use otherwise. Until [`Self::give_back`] nothing
+    /// may be received or taken ([`Self::next`]).
+    pub fn lend(&mut self) -> Lent {
+        self.input.lend()
+    }
+
+    pub fn give_back(&mut self, lent: Lent) {
+        self.input.give_back(lent);
+    }
+
     /// `count` bytes were received into [`Self::space`] by one receive, and `fds` with them.
     pub fn received(&mut self, count: usize, fds: impl IntoIterator<Item = F>) -> Result<(), Violation> {
+        self.received_with(count, fds, false)
+    }
+
+    /// As [`Self::received`]; `fds_lost`: descriptors came that could not be taken, so that their message must not be taken
+    /// for one without.
+    pub fn received_with(
+        &mut self,
+        count: usize,
+        fds: impl IntoIterator<Item = F>,
+        fds_lost: bool,
+    ) -> Result<(), Violation> {
         // Behind a VERSION that has not been looked at yet other requests may come already.
         let first_max = match self.phase {
             Phase::Fresh => VERSION_MESSAGE_MAX,
@@ -183,7 +204,7 @@ impl<F> Session<F> {
         };
         let outstanding = &mut self.outstanding;
         let on_reply = |header: &Header, payload: &[u8]| outstanding.reply(header, payload);
-        let received = self.input.received(count, fds, first_max, on_reply);
+        let received = self.input.received(count, fds, fds_lost, first_max, on_reply);
         let flood = self.input.is_full() && self.outstanding.is_waiting();
         let outcome = received.and(if flood { Err(Violation::Flood) } else { Ok(()) });
         outcome.inspect_err(|violation| self.end(*violation))
