@@ -64,8 +64,13 @@ impl DeviceBackend {
             }
             _ => (false, false),
         };
-        let allowed = (can_get || can_set) && (!get || can_get) && (!set || can_set);
-        if allowed { Ok(()) } else { Err(Errno::NOTTY) }
+        match (get, set) {
+            (true, _) if !can_get => Err(Errno::NOTTY),
+            (_, true) if !can_set => Err(Errno::NOTTY),
+            // Asked for nothing: is it there?
+            _ if can_get || can_set => Ok(()),
+            _ => Err(Errno::NOTTY),
+        }
     }
 
     pub(super) fn migration_bits(&self) -> Result<u64, Errno> {

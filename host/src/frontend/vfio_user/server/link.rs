@@ -146,12 +146,12 @@ impl Link {
     /// Sends a reply.
     pub fn reply(&self, out: &Output<OwnedFd>) -> Result<(), Failure> {
         let _right = lock(&self.outbound);
-        self.send(&out.bytes, &out.fds)
+        self.send(&out.bytes, out.bulk(), &out.fds)
     }
 
     /// The caller has the right to send.
-    fn send(&self, bytes: &[u8], fds: &[OwnedFd]) -> Result<(), Failure> {
-        socket::send_all(self.socket.as_fd(), bytes, &[], fds, CLIENT_PATIENCE).map_err(|errno| {
+    fn send(&self, bytes: &[u8], bulk: &[u8], fds: &[OwnedFd]) -> Result<(), Failure> {
+        socket::send_all(self.socket.as_fd(), bytes, bulk, fds, CLIENT_PATIENCE).map_err(|errno| {
             let failure = if errno == Errno::PIPE { Failure::Closed } else { Failure::Send(errno) };
             self.end(failure);
             failure
@@ -223,7 +223,7 @@ impl Link {
                     let mut begin = 0;
                     for end in batch.ends {
                         let sent = batch.bytes.get(begin..end).unwrap_or(&[]);
-                        self.send(sent, &[]).map_err(|_| Errno::NOTCONN)?;
+                        self.send(sent, &[], &[]).map_err(|_| Errno::NOTCONN)?;
                         begin = end;
                     }
                     return Ok(batch.barrier);
@@ -254,7 +254,7 @@ impl Link {
                 Err(errno) => return Err(errno),
                 Ok(ticket) => {
                     drop(inbound);
-                    self.send(&outbound, &[]).map_err(|_| Errno::NOTCONN)?;
+                    self.send(&outbound, &[], &[]).map_err(|_| Errno::NOTCONN)?;
                     return Ok(ticket);
                 }
             }

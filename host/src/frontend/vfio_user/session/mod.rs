@@ -69,16 +69,22 @@ pub struct Negotiated {
     pub write_multiple: bool,
 }
 
-/// Replies in the making. The memory is reused from one reply to the next.
+/// Fewer bytes of data than this lie behind their header; more have memory of their own, which is never filled in advance.
+const BULK_MIN: usize = 4096;
+
+/// Replies in the making: `bytes`, and [`Self::bulk`] behind them. The memory is reused from one reply to the next.
 #[derive(Debug)]
 pub struct Output<F> {
     pub bytes: Vec<u8>,
     pub fds: Vec<F>,
+    /// As long as the longest reply had it
+    bulk: Vec<u8>,
+    bulk_length: usize,
 }
 
 impl<F> Default for Output<F> {
     fn default() -> Self {
-        Self { bytes: Vec::new(), fds: Vec::new() }
+        Self { bytes: Vec::new(), fds: Vec::new(), bulk: Vec::new(), bulk_length: 0 }
     }
 }
 
@@ -86,6 +92,41 @@ impl<F> Output<F> {
     pub fn clear(&mut self) {
         self.bytes.clear();
         self.fds.clear();
+        self.bulk_length = 0;
+    }
+
+    /// What comes behind `bytes`.
+    pub fn bulk(&self) -> &[u8] {
+        self.bulk.get(..self.bulk_length).unwrap_or(&[])
+    }
+
+    /// The message, in one piece.
+    pub fn concat(&self) -> Vec<u8> {
+        [&self.bytes, self.bulk()].concat()
+    }
+
+    /// Room for `count` bytes at the end of the reply, at most once. They are what they happen to be: bytes of an earlier reply to
+    /// the same client.
+    fn room(&mut self, count: usize) -> &mut [u8] {
+        if count < BULK_MIN {
+            let begin = self.bytes.len();
+            self.bytes.resize(begin + count, 0);
+            return self.bytes.get_mut(begin..).unwrap_or(&mut []);
+        }
+        if self.bulk.len() < count {
+            self.bulk.resize(count, 0);
+        }
+        self.bulk_length = count;
+        self.bulk.get_mut(..count).unwrap_or(&mut [])
+    }
+
+    /// Of `room` bytes, which are the end of the reply, only `count` are sent.
+    fn shorten(&mut self, room: usize, count: usize) {
+        if room < BULK_MIN {
+            self.bytes.truncate(self.bytes.len() + count - room);
+        } else {
+            self.bulk_length = count;
+        }
     }
 
     /// Replaces all of it by an error's reply.
@@ -101,7 +142,7 @@ impl<F> Output<F> {
     }
 
     fn finish<G>(&mut self, to: &Message<G>) {
-        let payload = self.bytes.len().saturating_sub(HEADER_LENGTH);
+        let payload = (self.bytes.len() + self.bulk_length).saturating_sub(HEADER_LENGTH);
         let header = Header::reply(to.header.id, to.header.command, payload).to_bytes();
         self.bytes[..HEADER_LENGTH].copy_from_slice(&header);
     }
