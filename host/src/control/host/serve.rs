@@ -93,7 +93,7 @@ fn start(device: &Arc<MediatedDevice>, serve: &ServeConfig) -> Result<Serving, S
             Listener::inherited(socket)?
         }
     };
-    let options = Options { share_device_fd: serve.share_device_fd };
+    let options = Options { share_device_fd: serve.share_device_fd, ..Options::default() };
     let server = Server::start(Arc::clone(device), listener, options).map_err(StartError::Thread)?;
     Ok(Serving { at: serve.at.clone(), device: Arc::downgrade(device), server })
 }

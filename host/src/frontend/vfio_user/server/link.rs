@@ -26,8 +26,8 @@ use rustix::net::{RecvFlags, Shutdown, shutdown};
 use super::socket::{self, Received};
 use crate::frontend::vfio_user::session::{Message, Next, Output, Session, Ticket, Violation};
 
-/// A client has so long to take a message or to answer a DMA request; then its connection ends. QEMU is as patient with its
-/// server.
+/// A client has so long to take a message or to answer a DMA request, unless the server is told otherwise; then its connection
+/// ends. QEMU is as patient with its server.
 pub const CLIENT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Receives of a connection that has ended. No more can be in a socket's buffer of the usual size.
@@ -61,7 +61,7 @@ pub enum Failure {
     Send(Errno),
     #[error("receiving: {0}")]
     Receive(Errno),
-    #[error("the client did not answer a DMA request in {} s", CLIENT_PATIENCE.as_secs())]
+    #[error("the client did not answer a DMA request in time")]
     Unanswered,
     #[error("the server stops")]
     Stopped,
@@ -70,6 +70,7 @@ pub enum Failure {
 #[derive(Debug)]
 pub struct Link {
     socket: OwnedFd,
+    patience: Duration,
     inbound: Mutex<Inbound>,
     changed: Condvar,
     /// What is being sent by threads of the device; the memory is reused
@@ -81,9 +82,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Link {
-    pub fn new(socket: OwnedFd) -> Arc<Self> {
+    pub fn new(socket: OwnedFd, patience: Duration) -> Arc<Self> {
         let inbound = Inbound { session: Session::new(), receiver: Receiver::Nobody, waiting: 0, failure: None };
-        Arc::new(Self { socket, inbound: Mutex::new(inbound), changed: Condvar::new(), outbound: Mutex::default() })
+        let (inbound, changed) = (Mutex::new(inbound), Condvar::new());
+        Arc::new(Self { socket, patience, inbound, changed, outbound: Mutex::default() })
     }
 
     /// What is to be done next; waits for a request if there is none. Only for the one thread that serves.
@@ -151,7 +153,7 @@ impl Link {
 
     /// The caller has the right to send.
     fn send(&self, bytes: &[u8], bulk: &[u8], fds: &[OwnedFd]) -> Result<(), Failure> {
-        socket::send_all(self.socket.as_fd(), bytes, bulk, fds, CLIENT_PATIENCE).map_err(|errno| {
+        socket::send_all(self.socket.as_fd(), bytes, bulk, fds, self.patience).map_err(|errno| {
             let failure = if errno == Errno::PIPE { Failure::Closed } else { Failure::Send(errno) };
             self.end(failure);
             failure
@@ -208,7 +210,7 @@ impl Link {
         &self,
         pieces: &mut std::iter::Peekable<impl Iterator<Item = (u64, &'a [u8])>>,
     ) -> Result<Ticket, Errno> {
-        let deadline = Instant::now() + CLIENT_PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             let right = lock(&self.outbound);
             let mut inbound = lock(&self.inbound);
@@ -242,7 +244,7 @@ impl Link {
         &self,
         mut make: impl FnMut(&mut Session<OwnedFd>, &mut Vec<u8>) -> Result<Ticket, Errno>,
     ) -> Result<Ticket, Errno> {
-        let deadline = Instant::now() + CLIENT_PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             let mut outbound = lock(&self.outbound);
             let mut inbound = lock(&self.inbound);
@@ -276,7 +278,7 @@ impl Link {
 
     /// Waits for the reply, and receives meanwhile if nobody else does.
     fn answer(&self, ticket: Ticket) -> Result<Vec<u8>, Errno> {
-        let deadline = Instant::now() + CLIENT_PATIENCE;
+        let deadline = Instant::now() + self.patience;
         let mut inbound = lock(&self.inbound);
         inbound.waiting += 1;
         let answer = loop {
