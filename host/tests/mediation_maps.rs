@@ -6,7 +6,7 @@ mod mediation_support;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -431,6 +431,40 @@ fn a_hook_cannot_disable_memory_under_a_live_mapping() {
     mediated.region_write(0, 0, &[0]).unwrap();
     assert_eq!(device.command() & 2, 0);
     assert_eq!(*answers.lock().unwrap(), [Err(Errno::BUSY), Ok(())]);
+}
+
+/// The memory is mapped, and is in no list yet, when a hook under another pass disables memory.
+///
+/// spec: MEMEN-13
+#[test]
+fn a_mapping_in_the_making_does_not_outlive_what_a_hook_disables() {
+    let device = Arc::new(FakeDevice::new());
+    let mediated = open_script(&device, |script| {
+        script.claims = vec![claim(0, 0, 4)];
+        script.write = Box::new(move |calls, _, _, _| {
+            calls.region_write(CONFIG, COMMAND, &[0, 0]).unwrap();
+            Verdict::Handled
+        });
+    })
+    .unwrap();
+    let (at_map, reached) = mpsc::channel();
+    let (at_map, fake) = (Mutex::new(at_map), Arc::downgrade(&device));
+    let watcher = move |what| {
+        if what == "region_map" {
+            at_map.lock().unwrap().send(()).unwrap();
+            // The other write ends when this pass has ended.
+            while fake.upgrade().is_some_and(|fake| fake.command() & 2 != 0) {
+                thread::yield_now();
+            }
+        }
+    };
+    device.watcher.set(Watcher(Box::new(watcher))).unwrap();
+    thread::scope(|scope| {
+        let map = scope.spawn(|| mediated.region_map(0, PAGE, PAGE));
+        reached.recv().unwrap();
+        mediated.region_write(0, 0, &[0]).unwrap();
+        assert_eq!(errno(map.join().unwrap()), Errno::IO);
+    });
 }
 
 /// A hook on COMMAND that clears the memory bit in the client's data.
