@@ -103,7 +103,8 @@ impl Shared {
         let mut requests = lock(&self.requests);
         // Asking twice for the same is asking once.
         if !requests.contains(&task) {
-            if requests.len() >= REQUESTS_MAX {
+            // The one look that memory's gate may wait for has its place in any case.
+            if requests.len() >= REQUESTS_MAX && task != Task::Recheck {
                 return Err(Errno::NOSPC);
             }
             requests.push_back(task);
@@ -170,6 +171,10 @@ impl Shared {
     /// Revoke first, then act, also where a hook acts. Whoever has the device alone takes the mappings away; under a pass others
     /// may be in the middle of an access through one, so that nothing is done.
     fn before_config_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        if region == CONFIG_REGION && self.filter.resets(offset, data) {
+            // The kernel would reset at once, under whoever is in the middle of an access: a hook asks for a reset instead.
+            return Err(Errno::BUSY);
+        }
         if region != CONFIG_REGION || !self.filter.disables(offset, data, self.gated.load(Ordering::Acquire)) {
             return Ok(());
         }
