@@ -472,7 +472,7 @@ fn nobody_copies_any_more_when_a_map_has_gone() {
     }
 }
 
-/// Where the machine has huge pages. spec: VFU-78
+/// Where the machine has huge pages.
 #[test]
 fn a_part_of_a_huge_page_is_mapped_with_the_whole_of_it() {
     const HUGE: u64 = 2 << 20;
