@@ -154,7 +154,7 @@ impl Vm {
     }
 
     pub fn ram(&self) -> Vec<u8> {
-        let mapping = self.machine.memory().ram().mapping();
+        let mapping = self.machine.memory().ram().unwrap().mapping();
         let mut bytes = vec![0; mapping.len() as usize];
         mapping.read(0, &mut bytes).unwrap();
         bytes
@@ -164,7 +164,7 @@ impl Vm {
         if !thread.checkpoint() {
             return Ok(());
         }
-        let guest = Guest { ram: machine.memory().ram().mapping(), devices };
+        let guest = Guest { ram: machine.memory().ram().unwrap().mapping(), devices };
         guest.wake()?;
         while thread.checkpoint() {
             guest.step()?;
@@ -205,7 +205,7 @@ impl VmmPort for Vm {
             return self.machine.sync_cpu_dirt(log);
         }
         // A kernel that does not tell: the pages that the guest's program may store into.
-        let pages = self.machine.memory().ram().pages();
+        let pages = self.machine.memory().ram().unwrap().pages();
         crate::guest::cpu_pages(pages).for_each(|page| log.mark_pages(page, 1).unwrap());
         Ok(())
     }
@@ -259,7 +259,7 @@ impl Side {
     }
 
     fn guest(&self) -> Guest<'_> {
-        Guest { ram: self.vm().machine.memory().ram().mapping(), devices: &[] }
+        Guest { ram: self.vm().machine.memory().ram().unwrap().mapping(), devices: &[] }
     }
 
     pub fn steps(&self) -> u64 {
@@ -274,7 +274,7 @@ impl Side {
                 return;
             };
             let machine = &world.vm.get().unwrap().machine;
-            let guest = Guest { ram: machine.memory().ram().mapping(), devices: &[] };
+            let guest = Guest { ram: machine.memory().ram().unwrap().mapping(), devices: &[] };
             let before = guest.rungs();
             until("two DMAs", || guest.rungs() > before + 2);
         });
