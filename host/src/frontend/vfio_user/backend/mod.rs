@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use vfio_bindings::bindings::vfio::VFIO_REGION_INFO_FLAG_MMAP;
 
 use self::migration::{Loading, Saving};
 use super::server::{CLIENT_PATIENCE, Link};
@@ -104,12 +105,12 @@ impl DeviceBackend {
     /// The reply of the last request is on its way; `report`: it had dirty pages.
     pub fn replied(&mut self, _report: bool) {}
 
-    /// A file whose pages a client may reach, all of them.
-    fn region_file(&self, _index: u32) -> Option<(OwnedFd, u64)> {
-        if !self.options.share_device_fd {
-            return None;
+    /// By default none: what has been handed out cannot be taken back when the device may not be reached.
+    fn region_file(&self, index: u32, flags: u32) -> Result<Option<(OwnedFd, u64)>, Errno> {
+        if !self.options.share_device_fd || flags & VFIO_REGION_INFO_FLAG_MMAP == 0 {
+            return Ok(None);
         }
-        None
+        self.device.region_file(index).map_err(|error| error.errno())
     }
 }
 
@@ -123,7 +124,7 @@ impl Backend for DeviceBackend {
 
     fn region_info(&mut self, index: u32) -> Result<RegionAnswer<OwnedFd>, Errno> {
         let info = self.device.region_info(index).map_err(|error| error.errno())?;
-        let file = self.region_file(index);
+        let file = self.region_file(index, info.flags)?;
         Ok(RegionAnswer { flags: info.flags, size: info.size, capabilities: info.capabilities, file })
     }
 
