@@ -35,6 +35,10 @@ pub enum MachineError {
     Unreachable { device: String },
 }
 
+/// Most bytes of memory that the clients of served devices may bring at a time: those of a VM, with what it maps twice. The dirty log
+/// of it takes address space, and memory once a page is dirty.
+const CLIENT_MEMORY_MAX: u64 = 1 << 39;
+
 /// Devices, memory and plug-ins of one VM.
 #[derive(Debug)]
 pub struct Machine {
@@ -54,7 +58,11 @@ impl Machine {
             }
             registry.register(library, Limits { devices_max: plugin.devices_max })?;
         }
-        let memory = AddressSpace::new(GuestRam::new(config.memory.bytes())?);
+        let memory = match config.memory {
+            Some(memory) => AddressSpace::new(GuestRam::new(memory.bytes())?),
+            // Clients of served devices bring it.
+            None => AddressSpace::of_clients(CLIENT_MEMORY_MAX),
+        };
         // Dropped on an error, it lets go of what is open by then.
         let mut machine = Self { devices: Vec::with_capacity(config.devices.len()), memory, registry };
         let mut opener = Opener { kvm, ..Opener::default() };
@@ -65,6 +73,7 @@ impl Machine {
         Ok(machine)
     }
 
+    /// The device may reach all of the host's own memory. What clients bring they map themselves.
     fn add(&mut self, device: Arc<dyn Device>) -> Result<(), MachineError> {
         let name = device.identity().name.clone();
         let ranges = device.iova_ranges();
