@@ -20,9 +20,8 @@ mod revocable;
 mod uffd;
 pub mod vfio;
 
-pub use eventfd::{EventFd, is_eventfd, signal_shared};
 pub use dma_memory::{ClientAccess, DmaMemory};
-pub use eventfd::EventFd;
+pub use eventfd::{EventFd, is_eventfd, signal_shared};
 pub use iospace::{IoMap, IoSpace};
 pub use mapping::{Mapping, MappingError};
 pub use membarrier::AsymmetricFence;
