@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 mod blocking;
+mod dma_memory;
 mod eventfd;
 mod ioctl;
 pub mod iommufd;
@@ -19,7 +20,8 @@ mod revocable;
 mod uffd;
 pub mod vfio;
 
-pub use eventfd::EventFd;
+pub use dma_memory::{ClientAccess, DmaMemory};
+pub use eventfd::{EventFd, is_eventfd, signal_shared};
 pub use iospace::{IoMap, IoSpace};
 pub use mapping::{Mapping, MappingError};
 pub use membarrier::AsymmetricFence;

@@ -89,13 +89,14 @@ impl Host {
     fn release(&self, device: Arc<MediatedDevice>) {
         let name = device.identity().name.clone();
         let before = self.await_no_migration(Instant::now() + RELEASE_PATIENCE);
+        // A client that waits for the device, or for which it waits, is gone first.
+        self.stop_serving(Some(&device));
         while let Err(error) = device.let_go() {
             tracing::warn!(device = name, %error, "it is wanted back, and not let go yet");
             if device.has_failed() || self.waits_to_stop(RELEASE_PAUSE) {
                 break;
             }
         }
-        self.stop_serving(Some(&device));
         if let Some(machine) = &mut *lock(&self.machine) {
             machine.devices.retain(|other| !Arc::ptr_eq(other, &device));
         }
