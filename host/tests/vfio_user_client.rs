@@ -181,19 +181,19 @@ fn a_device_and_all_that_it_writes_move_from_one_server_to_another() {
         let (from, to) = (Served::simulated("sim:stateful"), Served::simulated("sim:stateful"));
         let (source, destination) = (Side::new(&from.path, in_file), Side::new(&to.path, in_file));
         enable(&source.client);
-        source.client.region_write(2, 4096, &[0xa5; 100_000]).unwrap();
+        source.client.region_write(2, 4096, &[0xa5; 50_000]).unwrap();
         source.put(BASE + 40 * PAGE, b"of the guest");
         let mut guest = Busy::new(&source, &destination, 30);
         let done = migrate(&source.client, &destination.client, &mut guest, &POLICY).unwrap();
         assert!(guest.paused && !guest.resumed && guest.left == 0, "{done:?}");
-        assert!(done.rounds > 1 && done.memory_bytes > SIZE && done.data_bytes > 100_000, "{done:?}");
+        assert!(done.rounds > 1 && done.memory_bytes > SIZE && done.data_bytes > 50_000, "{done:?}");
 
         assert!(source.all() == guest.oracle.memory, "the source is as the oracle says");
         assert!(destination.all() == guest.oracle.memory, "and so is the destination");
         let moved = &destination.client;
         assert_eq!(moved.migration_state().unwrap(), MigrationState::Running);
         assert_eq!(source.client.migration_state().unwrap(), MigrationState::Stop);
-        let mut memory = vec![0; 100_000];
+        let mut memory = vec![0; 50_000];
         moved.region_read(2, 4096, &mut memory).unwrap();
         assert!(memory.iter().all(|byte| *byte == 0xa5));
         let mut doorbells = [0; 4];
