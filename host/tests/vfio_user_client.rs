@@ -267,7 +267,7 @@ fn cut_at_commit(path: &Path, arrives: bool) -> UnixStream {
             let size = u32::from_le_bytes(message[4..8].try_into().unwrap()) as usize;
             message.resize(size, 0);
             near.read_exact(&mut message[16..]).unwrap();
-            let is_commit = message[2] == 16 && message[20..28] == commit[..];
+            let is_commit = message[2] == 16 && message.get(20..28) == Some(&commit[..]);
             if is_commit {
                 near.shutdown(Shutdown::Both).unwrap();
             }
