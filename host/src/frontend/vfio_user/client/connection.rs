@@ -418,17 +418,20 @@ impl Connection {
 
     /// Any failure is the connection's.
     fn send_request(&self, header: &Header, head: &[u8], tail: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Failure> {
-        let mut short = [0; HEADER_LENGTH + 64];
+        let mut short = [0; HEADER_LENGTH + 112];
         let long;
-        let begin: &[u8] = match short.get_mut(..HEADER_LENGTH + head.len()) {
+        let (begin, tail): (&[u8], &[u8]) = match short.get_mut(..HEADER_LENGTH + head.len() + tail.len()) {
             Some(short) => {
-                short[..HEADER_LENGTH].copy_from_slice(&header.to_bytes());
-                short[HEADER_LENGTH..].copy_from_slice(head);
-                short
+                let (header_bytes, payload) = short.split_at_mut(HEADER_LENGTH);
+                let (first, last) = payload.split_at_mut(head.len());
+                header_bytes.copy_from_slice(&header.to_bytes());
+                first.copy_from_slice(head);
+                last.copy_from_slice(tail);
+                (short, &[])
             }
             None => {
                 long = [&header.to_bytes(), head].concat();
-                &long
+                (&long, tail)
             }
         };
         let sent = {
