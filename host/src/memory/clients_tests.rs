@@ -234,9 +234,12 @@ fn copies_race_with_a_client_who_cuts_his_file_off() {
         });
         let mut data = vec![1; 64 * P as usize];
         let (mut done, mut failed) = (0, 0);
-        while !stop.load(Ordering::SeqCst) {
+        loop {
             for result in [space.write(IOVA, &data), space.read(IOVA, &mut data)] {
                 *(if result.is_ok() { &mut done } else { &mut failed }) += 1;
+            }
+            if stop.load(Ordering::SeqCst) {
+                break;
             }
         }
         assert!(done + failed > 0);
