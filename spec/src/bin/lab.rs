@@ -180,5 +180,6 @@ fn build(workspace: &Path, only_name_them: bool) -> anyhow::Result<Programs> {
         plugin_edu: folder.join("libvfio_mediate_plugin_edu.so"),
         plugin_witness: folder.join("libvfio_mediate_plugin_witness.so"),
         guest_edu: folder.join("guest-edu"),
+        vf_mac: folder.join("vf-mac"),
     })
 }

@@ -19,6 +19,7 @@ pub struct Programs {
     pub plugin_edu: PathBuf,
     pub plugin_witness: PathBuf,
     pub guest_edu: PathBuf,
+    pub vf_mac: PathBuf,
 }
 
 /// What a case does.

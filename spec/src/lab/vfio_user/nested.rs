@@ -42,7 +42,7 @@ echo \"ok  $vf igbvf: 20 packets to the PF, 20 answers\"";
 const OUTER: &str = "
 fail() { echo \"FAIL $VF0 igbvf: $*\"; cat /tmp/host.log; exit 1; }
 ip addr add 10.78.0.1/24 dev $PF_NET
-ip link set $PF_NET vf 0 mac $MAC
+vf-mac $PF_NET 0 $MAC || fail 'the PF does not give it a MAC'
 vfio-mediate run --device vfio:$VF0 --plugin /case/libvfio_mediate_plugin_witness.so --socket /tmp/vf.sock --control /tmp/control --state-dir /tmp/state >/tmp/ready 2>/tmp/host.log &
 host=$!
 n=0
@@ -85,7 +85,7 @@ fn run(lab: &Lab, programs: &Programs, _: &Settings, heard: &mut dyn FnMut(&str)
     write_initramfs(lab, &inner, &initramfs)?;
 
     let mut outer = Machine::new(OUTER);
-    outer.files = vec![programs.host.clone(), programs.plugin_witness.clone(), initramfs];
+    outer.files = vec![programs.host.clone(), programs.plugin_witness.clone(), programs.vf_mac.clone(), initramfs];
     outer.modules = vec!["kvm_amd"];
     outer.edus = 0;
     outer.memory_mib = 2048;
