@@ -1,6 +1,6 @@
 //! A device with native migration v2 and DMA logging, as a variant driver gives them.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
@@ -408,6 +408,10 @@ impl Device for Stateful {
         }
         let mapping = Mapping::new(&self.memory_fd, offset, length);
         Ok(Arc::new(mapping.map_err(|_| self.function.failed(what(), Errno::NOMEM))?))
+    }
+
+    fn region_file(&self, index: u32) -> Option<(BorrowedFd<'_>, u64)> {
+        (index == MEMORY_BAR).then(|| (self.memory_fd.as_fd(), 0))
     }
 
     fn set_irqs(&self, request: &IrqSet<'_>) -> Result<()> {

@@ -8,21 +8,31 @@ mod migration;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::io::Errno;
+use vfio_bindings::bindings::vfio::VFIO_REGION_INFO_FLAG_MMAP;
 
 use self::migration::{Loading, Saving};
-use super::server::Link;
+use super::server::{CLIENT_PATIENCE, Link};
 use super::session::{Backend, RegionAnswer};
 use super::wire::{DeviceInfo, DmaMap, IrqInfo, LoggingRanges, LoggingReport, MigrationState, SetIrqs, SetIrqsData};
-use crate::device::{Feature, IrqData, IrqSet};
+use crate::device::{Feature, IrqAction, IrqData, IrqSet};
 use crate::mediation::MediatedDevice;
 
 /// What an operator chooses for a served device.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
     /// Clients get the file of the device itself, to map its regions: they are trusted like this process
     pub share_device_fd: bool,
+    /// For a client to take a message or to answer a DMA request
+    pub patience: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { share_device_fd: false, patience: CLIENT_PATIENCE }
+    }
 }
 
 /// A device, and what its client has of it.
@@ -46,6 +56,10 @@ impl DeviceBackend {
         Self { device, options, link: None, saving, loading, logging: false, low_power: false }
     }
 
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
     pub fn device(&self) -> &MediatedDevice {
         &self.device
     }
@@ -61,6 +75,7 @@ impl DeviceBackend {
     /// The client is gone, and nobody waits for it.
     pub fn detach(&mut self) {
         self.link = None;
+        self.disarm_irqs();
         if std::mem::take(&mut self.logging) {
             self.device.stop_tracking();
         }
@@ -74,15 +89,28 @@ impl DeviceBackend {
         }
     }
 
+    /// No vector signals a client that is gone.
+    fn disarm_irqs(&self) {
+        for index in 0..self.device.info().num_irqs {
+            if self.device.irq_info(index).is_ok_and(|info| info.count > 0) {
+                let (action, data) = (IrqAction::Trigger, IrqData::None);
+                let disabled = self.device.set_irqs(&IrqSet { index, start: 0, count: 0, action, data });
+                if let Err(error) = disabled {
+                    tracing::warn!(device = %self.device.identity().name, index, %error, "disarming irqs");
+                }
+            }
+        }
+    }
+
     /// The reply of the last request is on its way; `report`: it had dirty pages.
     pub fn replied(&mut self, _report: bool) {}
 
-    /// A file whose pages a client may reach, all of them.
-    fn region_file(&self, _index: u32) -> Option<(OwnedFd, u64)> {
-        if !self.options.share_device_fd {
-            return None;
+    /// By default none: what has been handed out cannot be taken back when the device may not be reached.
+    fn region_file(&self, index: u32, flags: u32) -> Result<Option<(OwnedFd, u64)>, Errno> {
+        if !self.options.share_device_fd || flags & VFIO_REGION_INFO_FLAG_MMAP == 0 {
+            return Ok(None);
         }
-        None
+        self.device.region_file(index).map_err(|error| error.errno())
     }
 }
 
@@ -96,7 +124,7 @@ impl Backend for DeviceBackend {
 
     fn region_info(&mut self, index: u32) -> Result<RegionAnswer<OwnedFd>, Errno> {
         let info = self.device.region_info(index).map_err(|error| error.errno())?;
-        let file = self.region_file(index);
+        let file = self.region_file(index, info.flags)?;
         Ok(RegionAnswer { flags: info.flags, size: info.size, capabilities: info.capabilities, file })
     }
 

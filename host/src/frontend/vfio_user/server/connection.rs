@@ -14,7 +14,7 @@ use crate::mediation::MediatedDevice;
 /// Serves the client at the other end of `socket` until it is gone, on this thread. Afterwards the device is as the client left
 /// it, without the client's memory and interrupts, and the next one can be served.
 pub fn serve_client(device: &Arc<MediatedDevice>, socket: OwnedFd, options: Options) -> Failure {
-    run(&mut DeviceBackend::new(Arc::clone(device), options), &Link::new(socket))
+    run(&mut DeviceBackend::new(Arc::clone(device), options), &Link::new(socket, options.patience))
 }
 
 pub(super) fn run(backend: &mut DeviceBackend, link: &Arc<Link>) -> Failure {

@@ -16,7 +16,8 @@
 //! is sent, which has a deadline. Order: `outbound`, then `inbound`.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -26,8 +27,8 @@ use rustix::net::{RecvFlags, Shutdown, shutdown};
 use super::socket::{self, Received};
 use crate::frontend::vfio_user::session::{Message, Next, Output, Session, Ticket, Violation};
 
-/// A client has so long to take a message or to answer a DMA request; then its connection ends. QEMU is as patient with its
-/// server.
+/// A client has so long to take a message or to answer a DMA request, unless the server is told otherwise; then its connection
+/// ends. QEMU is as patient with its server.
 pub const CLIENT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Receives of a connection that has ended. No more can be in a socket's buffer of the usual size.
@@ -61,7 +62,7 @@ pub enum Failure {
     Send(Errno),
     #[error("receiving: {0}")]
     Receive(Errno),
-    #[error("the client did not answer a DMA request in {} s", CLIENT_PATIENCE.as_secs())]
+    #[error("the client did not answer a DMA request in time")]
     Unanswered,
     #[error("the server stops")]
     Stopped,
@@ -70,8 +71,11 @@ pub enum Failure {
 #[derive(Debug)]
 pub struct Link {
     socket: OwnedFd,
+    patience: Duration,
     inbound: Mutex<Inbound>,
     changed: Condvar,
+    /// Who serves requests
+    server: OnceLock<ThreadId>,
     /// What is being sent by threads of the device; the memory is reused
     outbound: Mutex<Vec<u8>>,
 }
@@ -81,16 +85,24 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Link {
-    pub fn new(socket: OwnedFd) -> Arc<Self> {
+    pub fn new(socket: OwnedFd, patience: Duration) -> Arc<Self> {
         let inbound = Inbound { session: Session::new(), receiver: Receiver::Nobody, waiting: 0, failure: None };
-        Arc::new(Self { socket, inbound: Mutex::new(inbound), changed: Condvar::new(), outbound: Mutex::default() })
+        let (inbound, changed) = (Mutex::new(inbound), Condvar::new());
+        let (server, outbound) = (OnceLock::new(), Mutex::default());
+        Arc::new(Self { socket, patience, inbound, changed, server, outbound })
     }
 
     /// What is to be done next; waits for a request if there is none. Only for the one thread that serves.
     pub fn next(&self, message: &mut Message<OwnedFd>, out: &mut Output<OwnedFd>) -> Result<Next, Failure> {
+        self.server.get_or_init(|| std::thread::current().id());
         let mut inbound = lock(&self.inbound);
         loop {
-            match inbound.session.next(message, out) {
+            let next = inbound.session.next(message, out);
+            if inbound.waiting > 0 {
+                // There may be room to receive into now.
+                self.changed.notify_all();
+            }
+            match next {
                 Next::Wait => {}
                 Next::Close(violation) => return Err(inbound.failure.unwrap_or(Failure::Violation(violation))),
                 other => return Ok(other),
@@ -151,7 +163,7 @@ impl Link {
 
     /// The caller has the right to send.
     fn send(&self, bytes: &[u8], bulk: &[u8], fds: &[OwnedFd]) -> Result<(), Failure> {
-        socket::send_all(self.socket.as_fd(), bytes, bulk, fds, CLIENT_PATIENCE).map_err(|errno| {
+        socket::send_all(self.socket.as_fd(), bytes, bulk, fds, self.patience).map_err(|errno| {
             let failure = if errno == Errno::PIPE { Failure::Closed } else { Failure::Send(errno) };
             self.end(failure);
             failure
@@ -208,7 +220,7 @@ impl Link {
         &self,
         pieces: &mut std::iter::Peekable<impl Iterator<Item = (u64, &'a [u8])>>,
     ) -> Result<Ticket, Errno> {
-        let deadline = Instant::now() + CLIENT_PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             let right = lock(&self.outbound);
             let mut inbound = lock(&self.inbound);
@@ -242,7 +254,7 @@ impl Link {
         &self,
         mut make: impl FnMut(&mut Session<OwnedFd>, &mut Vec<u8>) -> Result<Ticket, Errno>,
     ) -> Result<Ticket, Errno> {
-        let deadline = Instant::now() + CLIENT_PATIENCE;
+        let deadline = Instant::now() + self.patience;
         loop {
             let mut outbound = lock(&self.outbound);
             let mut inbound = lock(&self.inbound);
@@ -276,7 +288,7 @@ impl Link {
 
     /// Waits for the reply, and receives meanwhile if nobody else does.
     fn answer(&self, ticket: Ticket) -> Result<Vec<u8>, Errno> {
-        let deadline = Instant::now() + CLIENT_PATIENCE;
+        let deadline = Instant::now() + self.patience;
         let mut inbound = lock(&self.inbound);
         inbound.waiting += 1;
         let answer = loop {
@@ -287,8 +299,11 @@ impl Link {
             if left.is_zero() {
                 // The next round finds the end.
                 self.end_in(&mut inbound, Failure::Unanswered);
-            } else if inbound.receiver == Receiver::Nobody {
+            } else if inbound.receiver == Receiver::Nobody && !inbound.session.space().is_empty() {
                 inbound = self.receive_waiting(inbound, deadline);
+            } else if inbound.receiver == Receiver::Nobody && self.is_server() {
+                // Who could make room waits here: the reply is behind what cannot be taken.
+                self.end_in(&mut inbound, Failure::Violation(Violation::Flood));
             } else {
                 inbound = self.changed.wait_timeout(inbound, left).unwrap_or_else(PoisonError::into_inner).0;
             }
@@ -297,6 +312,10 @@ impl Link {
         // Another one who waits receives from now on, or the server does; and there is room to ask.
         self.changed.notify_all();
         answer
+    }
+
+    fn is_server(&self) -> bool {
+        self.server.get() == Some(&std::thread::current().id())
     }
 
     /// One receive of somebody who waits for a reply.
@@ -309,14 +328,8 @@ impl Link {
         drop(inbound);
         let ready = socket::wait_for(self.socket.as_fd(), PollFlags::IN, deadline);
         let mut inbound = lock(&self.inbound);
-        let space = inbound.session.space();
         let received = match ready {
-            Ok(()) if space.is_empty() => {
-                // Nothing is served that could make room: the reply is behind what cannot be taken.
-                self.end_in(&mut inbound, Failure::Violation(Violation::Flood));
-                Err(Errno::AGAIN)
-            }
-            Ok(()) => socket::receive(self.socket.as_fd(), space, RecvFlags::DONTWAIT),
+            Ok(()) => socket::receive(self.socket.as_fd(), inbound.session.space(), RecvFlags::DONTWAIT),
             Err(Errno::TIMEDOUT) => Err(Errno::AGAIN),
             Err(errno) => Err(errno),
         };
@@ -342,3 +355,7 @@ impl Link {
         lock(&self.inbound).session.unsolicited_replies()
     }
 }
+
+#[cfg(test)]
+#[path = "link_tests.rs"]
+mod tests;

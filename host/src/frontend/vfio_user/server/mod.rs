@@ -143,7 +143,7 @@ fn wait_for_client(shared: &Shared, listener: &Listener) -> bool {
 
 fn serve_one(shared: &Shared, backend: &mut DeviceBackend, socket: OwnedFd) {
     let pid = rustix::net::sockopt::socket_peercred(&socket).ok().map(|peer| peer.pid.as_raw_nonzero().get());
-    let link = Link::new(socket);
+    let link = Link::new(socket, backend.options().patience);
     {
         let mut current = lock(&shared.current);
         if current.stopping {
