@@ -146,7 +146,7 @@ impl MediatedDevice {
     }
 
     /// Asks the hooks, and returns the vectors that they handled, as `start .. end`, ascending.
-    fn offer_irqs(&self, request: &IrqSet<'_>) -> Result<Vec<(u32, u32)>> {
+    pub(super) fn offer_irqs(&self, request: &IrqSet<'_>) -> Result<Vec<(u32, u32)>> {
         let Some(plugin) = &self.plugin else { return Ok(Vec::new()) };
         let mut claims: Vec<_> = plugin.irq_claims().iter().enumerate().collect();
         claims.retain(|(_, claim)| claim.index == request.index && claim.has_set_irqs);

@@ -356,7 +356,11 @@ impl Device for VfioDevice {
     }
 
     fn dma_map(&self, map: &DmaMap) -> Result<()> {
-        let DmaMap { iova, length, memory, offset, read, write } = map.clone();
+        let DmaMap { iova, length, offset, read, write, .. } = *map;
+        let Some(memory) = map.memory.mapping().cloned() else {
+            let what = format!("DMA map of {length:#x} bytes at {iova:#x} that only messages reach");
+            return Err(DeviceError::refused(&self.identity.name, what, Errno::OPNOTSUPP));
+        };
         self.membership
             .map(&IoMap { iova, length, memory, offset, read, write })
             .map_err(|errno| self.error(dma_text("DMA map", iova, length, errno), errno))

@@ -26,6 +26,7 @@ use rustix::net::{RecvFlags, Shutdown, shutdown};
 
 use super::socket::{self, Received};
 use crate::frontend::vfio_user::session::{Message, Next, Output, Session, Ticket, Violation};
+use crate::memory::ClientAccess;
 
 /// A client has so long to take a message or to answer a DMA request, unless the server is told otherwise; then its connection
 /// ends. QEMU is as patient with its server.
@@ -353,6 +354,20 @@ impl Link {
     /// Replies that the client sent and nobody had asked for.
     pub fn unsolicited_replies(&self) -> u64 {
         lock(&self.inbound).session.unsolicited_replies()
+    }
+}
+
+impl ClientAccess for Link {
+    fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.dma_read(iova, data)
+    }
+
+    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
+        self.dma_write(iova, data)
+    }
+
+    fn write_many(&self, writes: &mut dyn Iterator<Item = (u64, &[u8])>) -> Result<(), Errno> {
+        self.dma_write_many(writes)
     }
 }
 
