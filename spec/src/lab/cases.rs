@@ -67,6 +67,7 @@ pub fn all(programs: &Programs) -> Vec<Case> {
         demo(programs),
         demo_pair(programs),
         vfio_user::edu(),
+        vfio_user::suite(),
         vfio_user::kills(),
         vfio_user::nested(),
     ]

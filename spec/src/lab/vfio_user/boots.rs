@@ -1,6 +1,6 @@
 //! Stock QEMU boots Linux with a served edu, and a guest uses it.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::served::Served;
 use crate::lab::cases::{Case, Programs, Settings, Work};
@@ -20,13 +20,36 @@ pub(in crate::lab) fn edu() -> Case {
     }
 }
 
+pub(in crate::lab) fn suite() -> Case {
+    Case {
+        name: "vfio-user-suite",
+        about: "the device suite in a guest of stock QEMU, on a served edu behind the guest's own IOMMU",
+        work: Work::Here(run_suite),
+        least_ok: 40,
+    }
+}
+
+/// The same suite that real edu devices pass in a lab machine: what that finds at the device, it must find here.
+fn run_suite(lab: &Lab, programs: &Programs, _: &Settings, heard: &mut dyn FnMut(&str)) -> Result<()> {
+    let host = Served::start(&programs.host, "sim:edu", &programs.plugin_witness)?;
+    let mut machine =
+        Machine::new("code=0; for open in group cdev; do device-suite edu $open $EDU0 || code=1; done; exit $code");
+    machine.files = vec![programs.device_suite.clone()];
+    (machine.vfs, machine.edus) = (0, 0);
+    machine.qemu = host.qemu.clone();
+    let told =
+        boot(lab, &machine, heard).map_err(|error| anyhow!("{error:#}\nthe host's log:\n{}", host.log().join("\n")))?;
+    ensure!(told.exit_code == 0, "the suite ended with {}\nthe host's log:\n{}", told.exit_code, host.log().join("\n"));
+    host.stop()
+}
+
 fn run(lab: &Lab, programs: &Programs, _: &Settings, heard: &mut dyn FnMut(&str)) -> Result<()> {
     // What the emulator's own edu does is what every other has to do.
     guest(lab, programs, vec!["-device".into(), "edu".into()], "QEMU's own", heard)?;
     for (name, plugin) in [("witness", &programs.plugin_witness), ("edu", &programs.plugin_edu)] {
         let host = Served::start(&programs.host, "sim:edu", plugin)?;
         let told = served(lab, programs, &host, name, heard);
-        told.with_context(|| format!("the host's log:\n{}", host.log().join("\n")))?;
+        told.map_err(|error| anyhow!("{error:#}\nthe host's log:\n{}", host.log().join("\n")))?;
         host.stop()?;
         heard(&format!("ok  sim edu: plug-in {name}: the host ends in good order"));
     }

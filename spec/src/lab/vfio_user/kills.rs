@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::boots::{MEMORY_MIB, guest};
 use super::loop_guest::{self, PAGE, TO};
@@ -23,6 +23,8 @@ const WORKS: u64 = 10;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// edu takes 100 ms for a DMA: one that was under way would have ended.
 const LATE: Duration = Duration::from_millis(150);
+/// After the end of a DMA that wrote: the next is under way, behind one that reads.
+const UNDER_WAY: Duration = Duration::from_millis(150);
 /// Until everything of a client is given back.
 const TIDY: Duration = Duration::from_secs(5);
 /// Of a process's own allocator; leaks would be one for each of many rounds.
@@ -131,7 +133,7 @@ impl Random {
 fn run(lab: &Lab, programs: &Programs, settings: &Settings, heard: &mut dyn FnMut(&str)) -> Result<()> {
     let host = Served::start(&programs.host, "sim:edu", &programs.plugin_edu)?;
     let killed = kill_many(lab, &host, settings, heard);
-    killed.with_context(|| format!("seed {}; the host's log:\n{}", settings.seed, last(&host.log(), 40)))?;
+    killed.map_err(|error| anyhow!("{error:#}\nseed {}; the host's log:\n{}", settings.seed, last(&host.log(), 40)))?;
     guest(lab, programs, host.shared_memory(MEMORY_MIB), "after all kills", &mut |line| {
         if line.starts_with("FAIL") {
             heard(line);
@@ -164,17 +166,18 @@ fn kill_many(lab: &Lab, host: &Served, settings: &Settings, heard: &mut dyn FnMu
     std::fs::write(&image, loop_guest::image())?;
     let (shared, messages) = (host.shared_memory(64), host.device()?);
 
-    // The first tells how long a start takes, and what a host holds that has served.
+    let base = host.resources()?;
+    // The first tells how long a start takes.
     let started = Instant::now();
     let victim = Victim::start(lab, &image, &shared)?;
     wait_for_dma(&victim, 1)?;
     let longest = started.elapsed() * 3 / 2;
-    wait_for_dma(&victim, 2)?;
+    let memory = wait_for_dma(&victim, 2)?;
+    std::thread::sleep(UNDER_WAY);
     victim.kill()?;
     host.wait_for("the first client is gone", |clients| !clients.attached && clients.gone == 1)?;
-    // Whatever a loss gives back is given back by then.
-    std::thread::sleep(LATE);
-    let base = host.resources()?;
+    no_dma_any_more(&memory)?;
+    tidy(host, base).context("after the first client")?;
 
     let mut random = Random(settings.seed | 1);
     let mut tally = Tally::default();
@@ -216,6 +219,7 @@ fn one(
     let victim = Victim::start(lab, image, shared)?;
     if round % WORKS == 0 {
         wait_for_dma(&victim, 2)?;
+        std::thread::sleep(UNDER_WAY);
         tally.works += 1;
     } else {
         std::thread::sleep(Duration::from_micros(micros));
@@ -227,21 +231,22 @@ fn one(
         tally.before_memory += 1;
         return Ok(());
     };
-    let at_loss = written(&memory).unwrap_or_default();
-    if rounds_done(&at_loss) == 0 {
+    if no_dma_any_more(&memory)? == 0 {
         tally.before_dma += 1;
     } else {
         tally.after_dma += 1;
     }
-    std::thread::sleep(LATE);
-    let later = written(&memory).unwrap_or_default();
-    ensure!(
-        later == at_loss,
-        "the device wrote memory after the loss of its client: {} rounds, then {}",
-        rounds_done(&at_loss),
-        rounds_done(&later)
-    );
     Ok(())
+}
+
+/// The client is gone: what the device has written stays as it is. Rounds that were done.
+fn no_dma_any_more(memory: &File) -> Result<u32> {
+    let at_loss = written(memory).unwrap_or_default();
+    std::thread::sleep(LATE);
+    let later = written(memory).unwrap_or_default();
+    let (before, after) = (rounds_done(&at_loss), rounds_done(&later));
+    ensure!(later == at_loss, "the device wrote memory after the loss of its client: {before} rounds, then {after}");
+    Ok(before)
 }
 
 /// Everything of the client is given back.

@@ -10,6 +10,6 @@ mod loop_guest;
 mod nested;
 mod served;
 
-pub(super) use boots::edu;
+pub(super) use boots::{edu, suite};
 pub(super) use kills::kills;
 pub(super) use nested::nested;
