@@ -72,6 +72,7 @@ fn serve(args: &HostArgs) -> anyhow::Result<()> {
             crate::cli::Open::Cdev => vfio_mediate::control::config::OpenBy::Cdev,
         },
         vf_token: None,
+        serve: None,
     });
     // A guest on an emulated machine, or one that dirties fast, may take longer than an operator would like.
     draft.limits.on_stall = Some(vfio_mediate::control::config::OnStall::Force);

@@ -54,28 +54,33 @@ impl Machine {
             }
             registry.register(library, Limits { devices_max: plugin.devices_max })?;
         }
-        let memory = AddressSpace::new(GuestRam::new(config.memory.bytes())?);
+        // Clients of served devices bring the memory.
+        let bytes = config.memory.map_or(PAGE_SIZE, |memory| memory.bytes());
+        let memory = AddressSpace::new(GuestRam::new(bytes)?);
         // Dropped on an error, it lets go of what is open by then.
         let mut machine = Self { devices: Vec::with_capacity(config.devices.len()), memory, registry };
         let mut opener = Opener { kvm, ..Opener::default() };
         for wanted in &config.devices {
             let device = opener.open(wanted)?;
-            machine.add(device)?;
+            machine.add(device, config.memory.is_some())?;
         }
         Ok(machine)
     }
 
-    fn add(&mut self, device: Arc<dyn Device>) -> Result<(), MachineError> {
+    /// `has_memory`: the host's own, all of which the device may reach.
+    fn add(&mut self, device: Arc<dyn Device>, has_memory: bool) -> Result<(), MachineError> {
         let name = device.identity().name.clone();
         let ranges = device.iova_ranges();
         let failed = |source| MachineError::Mediation { device: name.clone(), source };
         let mediated = MediatedDevice::open(device, &self.registry, Arc::clone(&self.memory)).map_err(failed)?;
-        let maps = reachable(self.memory.ram().size(), &ranges);
-        if maps.is_empty() {
-            return Err(MachineError::Unreachable { device: name });
-        }
-        for map in maps {
-            mediated.dma_map(map).map_err(failed)?;
+        if has_memory {
+            let maps = reachable(self.memory.ram().size(), &ranges);
+            if maps.is_empty() {
+                return Err(MachineError::Unreachable { device: name });
+            }
+            for map in maps {
+                mediated.dma_map(map).map_err(failed)?;
+            }
         }
         self.devices.push(mediated);
         Ok(())

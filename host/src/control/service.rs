@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::host::{Host, power};
-use super::protocol::{DeviceStatus, Failure, PluginStatus, Request, Response, Status};
+use super::protocol::{DeviceStatus, Failure, PluginStatus, Request, Response, ServedStatus, Status};
 use super::socket::{Answer, Service};
 use crate::device::Backend;
 use crate::mediation::MediatedDevice;
@@ -61,7 +61,7 @@ fn status(host: &Host) -> Status {
     let parts = host
         .with_machine(|machine| (machine.memory.ram().size(), machine.devices.clone(), Arc::clone(&machine.registry)));
     let (memory_bytes, devices, plugins) = parts.map_or_else(Default::default, |(bytes, devices, registry)| {
-        let devices = devices.iter().map(|device| device_status(device)).collect();
+        let devices = devices.iter().map(|device| device_status(host, device)).collect();
         let plugins = registry.list().into_iter().map(|plugin| PluginStatus {
             name: plugin.name,
             version: plugin.version,
@@ -95,7 +95,7 @@ pub fn backend_name(backend: Backend) -> &'static str {
     }
 }
 
-fn device_status(device: &MediatedDevice) -> DeviceStatus {
+fn device_status(host: &Host, device: &Arc<MediatedDevice>) -> DeviceStatus {
     let identity = device.identity();
     DeviceStatus {
         name: identity.name.clone(),
@@ -106,5 +106,11 @@ fn device_status(device: &MediatedDevice) -> DeviceStatus {
         unmigratable: device.migratable().err().map(|error| error.to_string()),
         power: Some(power(device)),
         closed: device.closed().map(|reason| reason.to_string()),
+        served: host.clients(device).map(|(socket, clients)| ServedStatus {
+            socket,
+            attached: clients.attached,
+            client_pid: clients.pid,
+            clients_gone: clients.served,
+        }),
     }
 }

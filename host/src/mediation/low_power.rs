@@ -108,6 +108,11 @@ impl MediatedDevice {
         self.awaken()
     }
 
+    /// As `VFIO_DEVICE_FEATURE_PROBE`, of the device's own features. Nothing is woken by asking.
+    pub fn has_feature(&self, feature: Feature, access: FeatureAccess) -> bool {
+        self.device().probe_feature(feature, access)
+    }
+
     /// Low power that was entered, if it was.
     pub fn entered(&self) -> Option<Entered> {
         lock(&self.condition).entered

@@ -77,7 +77,12 @@ impl Setup {
             devices: self
                 .devices
                 .iter()
-                .map(|name| DeviceConfig { name: name.parse().unwrap(), open: OpenBy::Auto, vf_token: None })
+                .map(|name| DeviceConfig {
+                    name: name.parse().unwrap(),
+                    open: OpenBy::Auto,
+                    vf_token: None,
+                    serve: None,
+                })
                 .collect(),
             plugins: if self.plugin { vec![edu_plugin().into()] } else { Vec::new() },
             memory: Some(self.memory.to_string().parse().unwrap()),

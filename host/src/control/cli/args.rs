@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::control::config::{Bandwidth, DeviceName, Draft, OnStall, OpenBy, default_control_socket};
+use crate::control::config::{
+    Bandwidth, ConfigError, DeviceName, Draft, OnStall, OpenBy, ServeAt, ServeConfig, default_control_socket,
+};
 use crate::control::exit;
 use crate::control::units::ByteSize;
 use crate::device::vfio::VfToken;
@@ -74,12 +76,14 @@ const RUN: &str = "The file (all keys are optional, flags override it):
   [[devices]]
   device = \"vfio:0000:00:10.0\"    # or vfio:UUID (an mdev), or sim:edu
   open = \"auto\"                   # cdev, group
+  socket = \"/run/vm/edu.sock\"     # serve it over vfio-user; then without memory
   [migration]
   listen = \"127.0.0.1:7000\"
   downtime_ms_max = 300
 
 Examples:
   vfio-mediate run --device sim:edu --memory 64M
+  vfio-mediate run --device sim:edu --socket /run/vm/edu.sock      # for QEMU; prints its command line
   vfio-mediate run --config vm.toml
   vfio-mediate run --config vm.toml --listen 127.0.0.1:7000
 
@@ -157,6 +161,10 @@ pub struct MachineArgs {
 pub struct RunArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
+    /// Serve the devices over vfio-user, for QEMU and others: the n-th socket is the n-th device's, a path or fd:N. Without
+    /// --memory, which the VM brings
+    #[arg(long = "socket", short, value_name = "PATH")]
+    pub sockets: Vec<ServeAt>,
     /// Control socket to create
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
@@ -306,8 +314,12 @@ impl MachineArgs {
         let mut draft = self.config.as_deref().map(Draft::read).transpose()?.unwrap_or_default();
         if !self.devices.is_empty() {
             let device = |name: &DeviceName| match name {
-                DeviceName::Vfio(_) => DeviceConfig { name: name.clone(), open: self.open, vf_token: self.vf_token },
-                DeviceName::Sim(_) => DeviceConfig { name: name.clone(), open: OpenBy::Auto, vf_token: None },
+                DeviceName::Vfio(_) => {
+                    DeviceConfig { name: name.clone(), open: self.open, vf_token: self.vf_token, serve: None }
+                }
+                DeviceName::Sim(_) => {
+                    DeviceConfig { name: name.clone(), open: OpenBy::Auto, vf_token: None, serve: None }
+                }
             };
             draft.devices = self.devices.iter().map(device).collect();
         }
@@ -324,6 +336,16 @@ impl RunArgs {
     /// The file with the flags over it.
     pub fn draft(&self) -> Result<Draft, super::CliError> {
         let mut draft = self.machine.draft()?;
+        if self.sockets.len() > draft.devices.len() {
+            let what = format!("{} for {} devices", self.sockets.len(), draft.devices.len());
+            return Err(ConfigError::Whole { key: "socket", what }.into());
+        }
+        for (device, at) in draft.devices.iter_mut().zip(&self.sockets) {
+            match &mut device.serve {
+                Some(serve) => serve.at = at.clone(),
+                none => *none = Some(ServeConfig::at(at.clone())),
+            }
+        }
         draft.control_socket = self.control.clone().or(draft.control_socket);
         draft.listen = self.listen.clone().or(draft.listen);
         draft.insecure |= self.insecure;

@@ -37,7 +37,7 @@ fn inspect(args: &InspectArgs) -> Result<Value, CliError> {
         DeviceName::Vfio(_) => args.open,
         DeviceName::Sim(_) => OpenBy::Auto,
     };
-    let wanted = DeviceConfig { name: args.device.clone(), open, vf_token };
+    let wanted = DeviceConfig { name: args.device.clone(), open, vf_token, serve: None };
     let registry = Registry::new();
     for path in &args.plugins {
         let check = |error: &dyn std::error::Error| CliError::new(Exit::Check, chain(error));

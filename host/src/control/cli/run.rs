@@ -42,9 +42,17 @@ pub(super) fn run(args: RunArgs, json: bool) -> Result<Exit, CliError> {
             return Err(error.into());
         }
     };
+    let served = host.served();
     let listen = host.listening().map(|address| address.to_string());
     if json {
-        print_json(&json!({ "ready": { "pid": std::process::id(), "control": server.path(), "listen": listen } }))?;
+        let devices = served
+            .iter()
+            .map(|served| json!({ "device": served.device, "socket": served.at.to_string(), "qemu": served.qemu }));
+        let devices: Vec<_> = devices.collect();
+        let pid = std::process::id();
+        print_json(
+            &json!({ "ready": { "pid": pid, "control": server.path(), "listen": listen, "devices": devices } }),
+        )?;
     } else {
         let waits = listen.map_or(String::new(), |address| format!(", waits for a guest at {address}"));
         print_line(&format!(
@@ -52,6 +60,10 @@ pub(super) fn run(args: RunArgs, json: bool) -> Result<Exit, CliError> {
             std::process::id(),
             server.path().display()
         ))?;
+        for served in &served {
+            let how = served.qemu.as_ref().map_or(String::new(), |qemu| format!("\n  qemu-system-x86_64 {qemu}"));
+            print_line(&format!("{} is served at {}{how}", served.device, served.at))?;
+        }
     }
     // Every sender lives as long as this wait, so that it ends by a message.
     let why = ended.recv().unwrap_or(Why::Asked);

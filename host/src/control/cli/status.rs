@@ -45,6 +45,14 @@ fn told(status: &Status) -> Vec<String> {
         } else if let Some(why) = &device.closed {
             lines.push(format!("          refuses requests: {why}"));
         }
+        if let Some(served) = &device.served {
+            let client = match (served.attached, served.client_pid) {
+                (false, _) => "no client".to_owned(),
+                (true, None) => "a client".to_owned(),
+                (true, Some(pid)) => format!("client: process {pid}"),
+            };
+            lines.push(format!("          served at {}, {client}, {} before", served.socket, served.clients_gone));
+        }
         if let Some(why) = &device.unmigratable {
             lines.push(format!("          cannot be migrated: {why}"));
         }

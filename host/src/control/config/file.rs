@@ -12,7 +12,7 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 
 use super::{
     Bandwidth, ConfigError, DeviceConfig, DeviceName, Draft, FILE_MAX, Limits, MS_MAX, MemorySize, OnStall, OpenBy,
-    PLUGIN_DEVICES_MAX, PluginConfig, ROUNDS_MAX,
+    PLUGIN_DEVICES_MAX, PluginConfig, ROUNDS_MAX, ServeAt, ServeConfig,
 };
 use crate::control::address;
 use crate::control::units::ByteSize;
@@ -38,6 +38,10 @@ struct DeviceTable {
     device: Text<DeviceName>,
     open: Option<OpenBy>,
     vf_token: Option<Text<VfToken>>,
+    socket: Option<Text<ServeAt>>,
+    #[serde(default)]
+    share_device_fd: bool,
+    posted_writes: Option<bool>,
 }
 
 #[derive(Debug, Default, serde::Deserialize)]
@@ -189,7 +193,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
     };
     for table in file.devices {
         let at = table.span().start;
-        let device = device(table.into_inner()).map_err(|what| wrong(at, what))?;
+        let device = device(folder, table.into_inner()).map_err(|what| wrong(at, what))?;
         draft.devices.push(device);
         if let Some(twice) = super::first_duplicate(&draft.devices) {
             return Err(wrong(at, format!("{twice} is listed twice")));
@@ -203,7 +207,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Draft, ConfigError> {
     Ok(draft)
 }
 
-fn device(table: DeviceTable) -> Result<DeviceConfig, String> {
+fn device(folder: &Path, table: DeviceTable) -> Result<DeviceConfig, String> {
     let name = table.device.0;
     if let DeviceName::Sim(spec) = &name {
         if table.vf_token.is_some() {
@@ -213,7 +217,18 @@ fn device(table: DeviceTable) -> Result<DeviceConfig, String> {
             return Err(format!("{spec} is simulated and takes no open: remove it"));
         }
     }
-    Ok(DeviceConfig { name, open: table.open.unwrap_or_default(), vf_token: table.vf_token.map(|token| token.0) })
+    let serve = match table.socket {
+        Some(Text(at)) => {
+            let at = super::serve::below(folder, at);
+            Some(ServeConfig { at, share_device_fd: table.share_device_fd, posted_writes: table.posted_writes })
+        }
+        None if table.share_device_fd || table.posted_writes.is_some() => {
+            return Err(format!("{name} has no socket: share_device_fd and posted_writes are for served devices"));
+        }
+        None => None,
+    };
+    let vf_token = table.vf_token.map(|token| token.0);
+    Ok(DeviceConfig { name, open: table.open.unwrap_or_default(), vf_token, serve })
 }
 
 impl MigrationTable {

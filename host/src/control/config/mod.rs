@@ -5,6 +5,7 @@
 //! key, and say what to write.
 
 mod file;
+mod serve;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -15,6 +16,8 @@ use super::address::{self, AddressError};
 use super::units::ByteSize;
 use crate::device::vfio::VfToken;
 use crate::memory::{PAGE_SIZE, RAM_SIZE_MAX};
+
+pub use serve::{ServeAt, ServeConfig};
 
 /// Most devices of one host. The stream's own limit is not lower.
 pub const DEVICES_MAX: usize = 64;
@@ -128,6 +131,8 @@ pub struct DeviceConfig {
     pub open: OpenBy,
     /// Never with a simulated device
     pub vf_token: Option<VfToken>,
+    /// Over vfio-user; for all devices of a host, or for none
+    pub serve: Option<ServeConfig>,
 }
 
 /// A plug-in to load.
@@ -219,7 +224,8 @@ pub struct Config {
     pub devices: Vec<DeviceConfig>,
     /// In the operator's order: the first that claims a device has it
     pub plugins: Vec<PluginConfig>,
-    pub memory: MemorySize,
+    /// `None`: the devices are served, and their clients bring the memory
+    pub memory: Option<MemorySize>,
     pub control_socket: PathBuf,
     /// The migration journal's folder; one host at a time
     pub state_dir: PathBuf,
@@ -273,10 +279,12 @@ impl Draft {
         {
             return Err(whole("vf_token", format!("{} is simulated and takes no VF token", device.name)));
         }
-        let memory = self.memory.ok_or_else(|| {
-            whole("memory", "no size: write --memory 256M, or memory = \"256M\" in the file".to_owned())
-        })?;
-        let memory = MemorySize::new(memory).map_err(|what| whole("memory", what))?;
+        let served = serve::check(&self.devices, self.memory, self.listen.is_some())?;
+        if self.memory.is_none() && !served {
+            let what = "no size: write --memory 256M, or memory = \"256M\" in the file";
+            return Err(whole("memory", what.to_owned()));
+        }
+        let memory = self.memory.map(MemorySize::new).transpose().map_err(|what| whole("memory", what))?;
         let listen = self.listen.as_deref().map(|text| address::listen(text, self.insecure)).transpose();
         let listen = listen.map_err(|error: AddressError| whole("listen", error.to_string()))?;
         let control_socket = self.control_socket.unwrap_or_else(default_control_socket);

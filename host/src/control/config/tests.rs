@@ -34,7 +34,7 @@ fn complaint(text: &str) -> String {
 #[test]
 fn a_whole_file_becomes_a_whole_configuration() {
     let config = parse(WHOLE).unwrap().finish().unwrap();
-    assert_eq!(config.memory.bytes(), 256 << 20);
+    assert_eq!(config.memory.unwrap().bytes(), 256 << 20);
     let plugins: Vec<_> =
         config.plugins.iter().map(|plugin| (plugin.path.to_str().unwrap(), plugin.devices_max)).collect();
     assert_eq!(plugins, [("/etc/a.so", PLUGIN_DEVICES_MAX), ("/opt/b.so", 4)]);

@@ -35,7 +35,7 @@ fn healthy(root: &Path) -> Machine {
 fn wanted() -> Wanted {
     let name = DeviceName::Vfio("0000:00:10.0".to_owned());
     Wanted {
-        devices: vec![DeviceConfig { name, open: OpenBy::Auto, vf_token: None }],
+        devices: vec![DeviceConfig { name, open: OpenBy::Auto, vf_token: None, serve: None }],
         memory: Some(MemorySize::new(ByteSize(1 << 30)).unwrap()),
         ..Wanted::default()
     }
@@ -68,7 +68,7 @@ fn an_empty_machine_fails_for_a_real_device_and_is_worth_knowing_for_a_simulated
     for check in ["vfio", "iommu", "group", "cdev", "device"] {
         assert!(levels(&findings, check).contains(&Level::Fail), "{check}: {findings:#?}");
     }
-    let sim = DeviceConfig { name: "sim:edu".parse().unwrap(), open: OpenBy::Auto, vf_token: None };
+    let sim = DeviceConfig { name: "sim:edu".parse().unwrap(), open: OpenBy::Auto, vf_token: None, serve: None };
     let findings = examine(&machine, &Wanted { devices: vec![sim], ..wanted() });
     assert_eq!(worst(&findings), Level::Warn, "{findings:#?}");
 }

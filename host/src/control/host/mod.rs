@@ -8,7 +8,8 @@
 //!     \---- else ----------------------------------> HERE     \- in doubt --> IN_DOUBT -- settled, resolved --> HERE | GONE
 //!                        AWAITED -- in doubt --> IN_DOUBT -- settled, resolved --> HERE | AWAITED
 //! ```
-//! Threads: one that listens for migrations, one for each migration out, the socket's. Locks: `state`, a leaf; never held
+//! Threads: one that listens for migrations, one for each migration out, the socket's, one for each served device. Locks: `state`,
+//! `serving`, leaves; never held
 //! while a device, the VMM, the journal or a peer is waited for.
 
 mod doubt;
@@ -17,6 +18,7 @@ mod greeting;
 mod incoming;
 mod outgoing;
 mod power;
+mod serve;
 mod throttle;
 mod watch;
 
@@ -33,12 +35,14 @@ use super::config::Config;
 use super::machine::{Machine, MachineError};
 use super::protocol::{self, Failure, FailureCode, LastMigration, Ownership, Progress};
 use super::socket::Job;
+use crate::frontend::vfio_user::server::ListenError;
 use crate::migration::driver::{Cancel, InDoubt, MediatedHost};
 use crate::migration::journal::{FileStore, JournalError, Standing};
 use crate::migration::wire::MigrationId;
 
 pub use embedder::{Embedder, NoGuest};
 pub(in crate::control) use power::power;
+pub use serve::Served;
 
 /// A host that could not start.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +70,8 @@ pub enum StartError {
     Embedder(String),
     #[error("starting a thread: {0}")]
     Thread(std::io::Error),
+    #[error(transparent)]
+    Serve(#[from] ListenError),
 }
 
 /// Whose guest it is.
@@ -114,6 +120,7 @@ pub struct Host {
     changed: Condvar,
     started: Instant,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    serving: Mutex<Vec<serve::Serving>>,
     /// Held, so that no other host uses the journal
     _state_lock: File,
 }
@@ -172,9 +179,11 @@ impl Host {
             changed: Condvar::new(),
             started: Instant::now(),
             threads: Mutex::default(),
+            serving: Mutex::default(),
             _state_lock: state_lock,
         });
         host.listen_to_devices();
+        host.serve_devices()?;
         if here {
             vmm.resume().map_err(|error| StartError::Embedder(error.to_string()))?;
             host.embedder.running();
@@ -276,6 +285,7 @@ impl Host {
     /// everything open; ask again.
     pub fn stop(&self, deadline: Instant) -> Result<(), Failure> {
         self.wind_down(deadline)?;
+        self.stop_serving(None);
         let mut panicked = false;
         for thread in std::mem::take(&mut *lock(&self.threads)) {
             if thread.thread().id() != std::thread::current().id() {

@@ -88,6 +88,9 @@ impl Host {
     /// Begins to move the guest to `to` (HOST:PORT). The job tells progress and the end; the migration goes on whoever
     /// watches.
     pub fn migrate(self: &Arc<Self>, to: &str, insecure: bool, verify: bool) -> Result<Arc<Job>, Failure> {
+        if self.config.devices.iter().any(|device| device.serve.is_some()) {
+            return Err(Failure::refused("the VM of served devices is moved by its VMM, and they with it"));
+        }
         let addresses = address::connect(to, insecure).map_err(|error| Failure::refused(error.to_string()))?;
         let job = Arc::new(Job::default());
         let mediated = {

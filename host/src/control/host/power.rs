@@ -88,6 +88,7 @@ impl Host {
         let name = device.identity().name.clone();
         self.await_no_migration(Instant::now() + RELEASE_PATIENCE);
         device.let_go();
+        self.stop_serving(Some(&device));
         if let Some(machine) = &mut *lock(&self.machine) {
             machine.devices.retain(|other| !Arc::ptr_eq(other, &device));
         }

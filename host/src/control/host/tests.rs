@@ -105,6 +105,7 @@ impl Place {
             name: "sim:stateful".parse().unwrap(),
             open: super::super::config::OpenBy::Auto,
             vf_token: None,
+            serve: None,
         });
         // A machine under load measures slow links; how long it takes is not what is tested here.
         draft.limits.downtime_ms_max = Some(60_000);

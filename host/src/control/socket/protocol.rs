@@ -234,6 +234,22 @@ pub struct DeviceStatus {
     /// Why it refuses requests, if it does
     #[serde(default)]
     pub closed: Option<String>,
+    /// Who uses it over vfio-user, if it is served
+    #[serde(default)]
+    pub served: Option<ServedStatus>,
+}
+
+/// A device that is served over vfio-user.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServedStatus {
+    /// A path, or `fd:N`
+    pub socket: String,
+    /// A client is attached
+    pub attached: bool,
+    /// Process that connected, where the kernel says it
+    pub client_pid: Option<i32>,
+    /// Clients that were served and are gone
+    pub clients_gone: u64,
 }
 
 /// A device's power, told without waking it.

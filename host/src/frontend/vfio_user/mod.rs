@@ -1,6 +1,7 @@
 //! vfio-user: the protocol by which a VMM sees a mediated device over a socket (`spec/vfio-user.md`).
 //!
-//! **Owns** the protocol: its bytes (`wire`) and one connection's rules (`session`). **Must never** trust a client: what
+//! **Owns** the protocol: its bytes (`wire`), one connection's rules (`session`), the device as the protocol calls it (`backend`),
+//! sockets and threads (`server`). **Must never** trust a client: what
 //! it sends is parsed once, into types that cannot be wrong, and is capped before anything is allocated or done.
 //!
 //! ```text
@@ -9,5 +10,7 @@
 //!                            ^ DMA_READ, DMA_WRITE of the device, told apart from requests by type and id
 //! ```
 
+pub mod backend;
+pub mod server;
 pub mod session;
 pub mod wire;

@@ -26,6 +26,20 @@ pub const FDS_WAITING_MAX: usize = 256;
 /// Requests of at least so many bytes are handed out without a copy.
 const SWAP_BYTES: usize = 64 * 1024;
 
+/// The session's buffer, out of the session while something is received into it: nobody waits for a lock meanwhile.
+#[derive(Debug)]
+pub struct Lent {
+    buffer: Vec<u8>,
+    at: usize,
+}
+
+impl Lent {
+    /// Where to receive into. Empty: requests must be taken first.
+    pub fn space(&mut self) -> &mut [u8] {
+        self.buffer.get_mut(self.at..).unwrap_or(&mut [])
+    }
+}
+
 /// A request, taken out of the session. Its memory is reused from one request to the next.
 #[derive(Debug)]
 pub struct Message<F> {
@@ -120,6 +134,17 @@ impl<F> Input<F> {
         self.buffer.get_mut(self.end..).unwrap_or(&mut [])
     }
 
+    /// The buffer, with where [`Self::space`] begins. Nothing may be taken until it is back.
+    pub fn lend(&mut self) -> Lent {
+        let at = if self.space().is_empty() { INPUT_BYTES } else { self.end };
+        Lent { buffer: std::mem::take(&mut self.buffer), at }
+    }
+
+    pub fn give_back(&mut self, lent: Lent) {
+        debug_assert!(self.buffer.is_empty() && lent.buffer.len() == INPUT_BYTES);
+        self.buffer = lent.buffer;
+    }
+
     /// Bytes of the message in progress, as far as it is known.
     fn in_progress(&self) -> usize {
         let head = self.buffer[self.scanned..self.end].first_chunk::<HEADER_LENGTH>();
@@ -137,11 +162,12 @@ impl<F> Input<F> {
     /// `count` bytes were received into [`Self::space`], and these with them. They belong to the message that has the last
     /// byte: the kernel ends a receive behind the piece that carries descriptors.
     ///
-    /// Whole replies go to `on_reply`; its error is the end. A message that none waits before has at most `first_max` bytes.
+    /// `fds_lost`: more came, and are gone; their message is refused. Whole replies go to `on_reply`; its error is the end. A message that none waits before has at most `first_max` bytes.
     pub fn received(
         &mut self,
         count: usize,
         fds: impl IntoIterator<Item = F>,
+        fds_lost: bool,
         first_max: usize,
         mut on_reply: impl FnMut(&Header, &[u8]) -> Result<(), Violation>,
     ) -> Result<(), Violation> {
@@ -154,7 +180,7 @@ impl<F> Input<F> {
             let Some((header, length)) = whole(bytes, most)? else { break };
             let range = self.scanned..self.scanned + length;
             if range.end == self.end {
-                arrived.take().into_iter().flatten().for_each(|fd| self.keep(fd));
+                self.keep_all(arrived.take(), fds_lost);
             }
             self.scanned = range.end;
             let (fds, fds_refused) = (std::mem::take(&mut self.fds), std::mem::take(&mut self.fds_refused));
@@ -165,8 +191,18 @@ impl<F> Input<F> {
                 self.frames.push_back(Frame { header, range, fds, fds_refused });
             }
         }
-        arrived.into_iter().flatten().for_each(|fd| self.keep(fd));
+        self.keep_all(arrived, fds_lost);
         Ok(())
+    }
+
+    /// What one receive brought; nothing where that has been given to a message.
+    fn keep_all(&mut self, arrived: Option<impl IntoIterator<Item = F>>, lost: bool) {
+        let Some(fds) = arrived else { return };
+        fds.into_iter().for_each(|fd| self.keep(fd));
+        if lost {
+            self.fds.clear();
+            self.fds_refused = true;
+        }
     }
 
     /// For the message in progress. One too many, and none is kept.

@@ -19,7 +19,7 @@ mod serve;
 #[cfg(test)]
 mod tests;
 
-pub use input::{FDS_WAITING_MAX, INPUT_BYTES, Message, REQUESTS_WAITING_MAX};
+pub use input::{FDS_WAITING_MAX, INPUT_BYTES, Lent, Message, REQUESTS_WAITING_MAX};
 pub use maps::Maps;
 pub use outstanding::{OUTSTANDING_BYTES_MAX, OUTSTANDING_MAX, Ticket};
 pub use serve::{Backend, RegionAnswer, Served, serve};
@@ -69,16 +69,22 @@ pub struct Negotiated {
     pub write_multiple: bool,
 }
 
-/// Replies in the making. The memory is reused from one reply to the next.
+/// Fewer bytes of data than this lie behind their header; more have memory of their own, which is never filled in advance.
+const BULK_MIN: usize = 4096;
+
+/// Replies in the making: `bytes`, and [`Self::bulk`] behind them. The memory is reused from one reply to the next.
 #[derive(Debug)]
 pub struct Output<F> {
     pub bytes: Vec<u8>,
     pub fds: Vec<F>,
+    /// As long as the longest reply had it
+    bulk: Vec<u8>,
+    bulk_length: usize,
 }
 
 impl<F> Default for Output<F> {
     fn default() -> Self {
-        Self { bytes: Vec::new(), fds: Vec::new() }
+        Self { bytes: Vec::new(), fds: Vec::new(), bulk: Vec::new(), bulk_length: 0 }
     }
 }
 
@@ -86,6 +92,41 @@ impl<F> Output<F> {
     pub fn clear(&mut self) {
         self.bytes.clear();
         self.fds.clear();
+        self.bulk_length = 0;
+    }
+
+    /// What comes behind `bytes`.
+    pub fn bulk(&self) -> &[u8] {
+        self.bulk.get(..self.bulk_length).unwrap_or(&[])
+    }
+
+    /// The message, in one piece.
+    pub fn concat(&self) -> Vec<u8> {
+        [&self.bytes, self.bulk()].concat()
+    }
+
+    /// Room for `count` bytes at the end of the reply, at most once. They are what they happen to be: bytes of an earlier reply to
+    /// the same client.
+    fn room(&mut self, count: usize) -> &mut [u8] {
+        if count < BULK_MIN {
+            let begin = self.bytes.len();
+            self.bytes.resize(begin + count, 0);
+            return self.bytes.get_mut(begin..).unwrap_or(&mut []);
+        }
+        if self.bulk.len() < count {
+            self.bulk.resize(count, 0);
+        }
+        self.bulk_length = count;
+        self.bulk.get_mut(..count).unwrap_or(&mut [])
+    }
+
+    /// Of `room` bytes, which are the end of the reply, only `count` are sent.
+    fn shorten(&mut self, room: usize, count: usize) {
+        if room < BULK_MIN {
+            self.bytes.truncate(self.bytes.len() + count - room);
+        } else {
+            self.bulk_length = count;
+        }
     }
 
     /// Replaces all of it by an error's reply.
@@ -101,7 +142,7 @@ impl<F> Output<F> {
     }
 
     fn finish<G>(&mut self, to: &Message<G>) {
-        let payload = self.bytes.len().saturating_sub(HEADER_LENGTH);
+        let payload = (self.bytes.len() + self.bulk_length).saturating_sub(HEADER_LENGTH);
         let header = Header::reply(to.header.id, to.header.command, payload).to_bytes();
         self.bytes[..HEADER_LENGTH].copy_from_slice(&header);
     }
@@ -173,8 +214,29 @@ impl<F> Session<F> {
         if matches!(self.phase, Phase::Ended(_)) { &mut [] } else { self.input.space() }
     }
 
+    /// As [`Self::space`], for a driver that receives while the session is in use otherwise. Until [`Self::give_back`] nothing
+    /// may be received or taken ([`Self::next`]).
+    pub fn lend(&mut self) -> Lent {
+        self.input.lend()
+    }
+
+    pub fn give_back(&mut self, lent: Lent) {
+        self.input.give_back(lent);
+    }
+
     /// `count` bytes were received into [`Self::space`] by one receive, and `fds` with them.
     pub fn received(&mut self, count: usize, fds: impl IntoIterator<Item = F>) -> Result<(), Violation> {
+        self.received_with(count, fds, false)
+    }
+
+    /// As [`Self::received`]; `fds_lost`: descriptors came that could not be taken, so that their message must not be taken
+    /// for one without.
+    pub fn received_with(
+        &mut self,
+        count: usize,
+        fds: impl IntoIterator<Item = F>,
+        fds_lost: bool,
+    ) -> Result<(), Violation> {
         // Behind a VERSION that has not been looked at yet other requests may come already.
         let first_max = match self.phase {
             Phase::Fresh => VERSION_MESSAGE_MAX,
@@ -183,7 +245,7 @@ impl<F> Session<F> {
         };
         let outstanding = &mut self.outstanding;
         let on_reply = |header: &Header, payload: &[u8]| outstanding.reply(header, payload);
-        let received = self.input.received(count, fds, first_max, on_reply);
+        let received = self.input.received(count, fds, fds_lost, first_max, on_reply);
         let flood = self.input.is_full() && self.outstanding.is_waiting();
         let outcome = received.and(if flood { Err(Violation::Flood) } else { Ok(()) });
         outcome.inspect_err(|violation| self.end(*violation))

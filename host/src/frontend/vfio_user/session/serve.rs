@@ -151,8 +151,7 @@ impl<B: Backend> Call<'_, B> {
             }
             Request::RegionRead(access) => {
                 access.write(&mut self.out.bytes);
-                let data = self.room(access.count as usize);
-                let data = self.out.bytes.get_mut(data..).unwrap_or(&mut []);
+                let data = self.out.room(access.count as usize);
                 self.backend.region_read(access.region, access.offset, data)
             }
             Request::RegionWrite(write) => {
@@ -168,13 +167,6 @@ impl<B: Backend> Call<'_, B> {
         Ok(served)
     }
 
-    /// `count` zero bytes at the end of the reply; where they begin.
-    fn room(&mut self, count: usize) -> usize {
-        let begin = self.out.bytes.len();
-        self.out.bytes.resize(begin + count, 0);
-        begin
-    }
-
     fn dma_map(&mut self, map: DmaMap, mut fds: Vec<B::Fd>) -> Result<(), Errno> {
         lock(self.maps).check(&map, self.negotiated.max_dma_maps)?;
         self.backend.dma_map(&map, fds.pop())?;
@@ -187,10 +179,10 @@ impl<B: Backend> Call<'_, B> {
         let found = lock(self.maps).find(unmap.scope)?;
         let bits = unmap.bitmap.map_or(0, |bitmap| bitmap.size as usize);
         unmap.write_reply(bits, &mut self.out.bytes);
-        let begin = self.room(bits);
+        let bitmap = self.out.room(bits);
+        bitmap.fill(0);
         for map in found {
-            let bytes = self.out.bytes.get_mut(begin..).unwrap_or(&mut []);
-            let dirty = unmap.bitmap.map(|bitmap| (bitmap.page_size, bytes));
+            let dirty = unmap.bitmap.map(|asked| (asked.page_size, &mut *bitmap));
             self.backend.dma_unmap(&map, dirty)?;
             lock(self.maps).remove(map.address);
         }
@@ -239,13 +231,12 @@ impl<B: Backend> Call<'_, B> {
 
     fn mig_data_read(&mut self, read: MigDataRead) -> Result<(), Errno> {
         MigDataWrite::write_head(0, &mut self.out.bytes);
-        let begin = self.room(read.size as usize);
-        let buffer = self.out.bytes.get_mut(begin..).unwrap_or(&mut []);
-        let count = self.backend.mig_data_read(buffer)?;
-        if count > buffer.len() {
+        let room = read.size as usize;
+        let count = self.backend.mig_data_read(self.out.room(room))?;
+        if count > room {
             return Err(Errno::IO);
         }
-        self.out.bytes.truncate(begin + count);
+        self.out.shorten(room, count);
         let mut head = Vec::with_capacity(MigDataRead::LENGTH);
         MigDataWrite::write_head(count as u32, &mut head);
         self.out.bytes[HEADER_LENGTH..HEADER_LENGTH + head.len()].copy_from_slice(&head);
@@ -279,13 +270,13 @@ impl<B: Backend> Call<'_, B> {
             }
             FeatureCall::LoggingStop => self.backend.logging_stop()?,
             FeatureCall::LoggingReport(report) => {
-                let begin = self.room(report.bitmap_length() as usize);
-                let bitmap = self.out.bytes.get_mut(begin..).unwrap_or(&mut []);
+                let bitmap = self.out.room(report.bitmap_length() as usize);
+                bitmap.fill(0);
                 self.backend.logging_report(&report, bitmap)?;
                 clear_behind(bitmap, report.pages());
             }
         }
-        let length = (self.out.bytes.len() - HEADER_LENGTH) as u32;
+        let length = (self.out.bytes.len() + self.out.bulk().len() - HEADER_LENGTH) as u32;
         self.out.bytes[HEADER_LENGTH..HEADER_LENGTH + 4].copy_from_slice(&length.to_le_bytes());
         Ok(())
     }

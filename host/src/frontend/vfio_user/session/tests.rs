@@ -252,16 +252,17 @@ impl<'a> Bench<'a> {
                 Next::Send => {}
                 Next::Serve(negotiated) => {
                     let served = serve(&mut self.message, &negotiated, &self.maps, &mut self.device, &mut self.out);
-                    assert_eq!(served == Served::Silent, self.out.bytes.is_empty());
+                    assert_eq!(served == Served::Silent, self.out.concat().is_empty());
                     self.served = Some(served);
                 }
             }
-            let Some(head) = self.out.bytes.first_chunk() else { continue };
+            let bytes = self.out.concat();
+            let Some(head) = bytes.first_chunk() else { continue };
             let header = Header::parse(head);
-            assert_eq!(header.size as usize, self.out.bytes.len());
-            let (error, errno) = (self.out.bytes[8] & 0x20 != 0, &self.out.bytes[12..16]);
+            assert_eq!(header.size as usize, bytes.len());
+            let (error, errno) = (bytes[8] & 0x20 != 0, &bytes[12..16]);
             assert_eq!(error, errno != [0; 4], "an error has an errno, and nothing else has");
-            answers.push(Answer { header, payload: self.out.bytes[16..].to_vec(), fds: self.out.fds.len() });
+            answers.push(Answer { header, payload: bytes[16..].to_vec(), fds: self.out.fds.len() });
         }
     }
 
