@@ -113,7 +113,16 @@ class Client:
     def __init__(self, path, patience=PATIENCE):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(patience)
-        self.sock.connect(path)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self.sock.connect(path)
+                break
+            except BlockingIOError:
+                # The backlog is full for a moment.
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.001)
         self.patience = patience
         self.buffer = b""
         self.fds = []
@@ -130,7 +139,8 @@ class Client:
         if fds:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
             sent = self.sock.sendmsg([data], rights)
-        self.sock.sendall(memoryview(data)[sent:])
+        if sent < len(data):
+            self.sock.sendall(memoryview(data)[sent:])
 
     def _more(self, deadline):
         left = deadline - time.monotonic()

