@@ -93,8 +93,8 @@ fn bare(bytes: u64) -> f64 {
 fn touch(memory: &AddressSpace) -> f64 {
     let chunk = vec![0x5a; CHUNK];
     let begin = Instant::now();
-    for offset in (0..memory.ram().size()).step_by(CHUNK) {
-        memory.ram().mapping().write(offset, &chunk).expect("inside guest memory");
+    for offset in (0..memory.ram().expect("RAM of its own").size()).step_by(CHUNK) {
+        memory.ram().expect("RAM of its own").mapping().write(offset, &chunk).expect("inside guest memory");
     }
     begin.elapsed().as_secs_f64()
 }
@@ -103,8 +103,8 @@ fn touch(memory: &AddressSpace) -> f64 {
 fn write_file(memory: &AddressSpace) -> f64 {
     let chunk = vec![0x5a; CHUNK];
     let begin = Instant::now();
-    for offset in (0..memory.ram().size()).step_by(CHUNK) {
-        memory.ram().write_fresh(offset, &chunk).expect("inside guest memory");
+    for offset in (0..memory.ram().expect("RAM of its own").size()).step_by(CHUNK) {
+        memory.ram().expect("RAM of its own").write_fresh(offset, &chunk).expect("inside guest memory");
     }
     begin.elapsed().as_secs_f64()
 }
@@ -112,15 +112,15 @@ fn write_file(memory: &AddressSpace) -> f64 {
 /// What a host does while it awaits a guest; seconds.
 fn populate(memory: &AddressSpace) -> f64 {
     let begin = Instant::now();
-    memory.ram().populate(|| false).expect("memory for the benchmark");
+    memory.ram().expect("RAM of its own").populate(|| false).expect("memory for the benchmark");
     begin.elapsed().as_secs_f64()
 }
 
 /// Stores one byte to each page; seconds.
 fn first_access(memory: &AddressSpace) -> f64 {
     let begin = Instant::now();
-    for offset in (0..memory.ram().size()).step_by(4096) {
-        memory.ram().mapping().write(offset, &[1]).expect("inside guest memory");
+    for offset in (0..memory.ram().expect("RAM of its own").size()).step_by(4096) {
+        memory.ram().expect("RAM of its own").mapping().write(offset, &[1]).expect("inside guest memory");
     }
     begin.elapsed().as_secs_f64()
 }
@@ -128,7 +128,7 @@ fn first_access(memory: &AddressSpace) -> f64 {
 /// Seconds of the stream's first round.
 fn stream(source: &MediatedHost, memory: Arc<AddressSpace>, fresh: bool) -> f64 {
     let (out, into) = sockets();
-    let bytes = memory.ram().size();
+    let bytes = memory.ram().expect("RAM of its own").size();
     let destination = host(memory, fresh);
     let (here, there) = (MemoryStore::default(), MemoryStore::default());
     let (cancel, time) = (Cancel::new(), Monotonic::new());
@@ -181,7 +181,7 @@ fn main() {
             random ^= random << 17;
             word.copy_from_slice(&random.to_le_bytes());
         }
-        memory.ram().mapping().write(offset, &chunk).expect("inside guest memory");
+        memory.ram().expect("RAM of its own").mapping().write(offset, &chunk).expect("inside guest memory");
     }
     let source = host(memory, false);
     let (mut bares, mut fresh, mut touched, mut copies, mut ratios) = (vec![], vec![], vec![], vec![], vec![]);

@@ -2,15 +2,19 @@
 
 mod mediation_support;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use mediation_support::*;
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::{VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX};
 use vfio_mediate::device::sim::{Fault, FaultPlan, Stateful, StatefulOptions, regs};
 use vfio_mediate::device::{IrqAction, IrqData, IrqSet, NativeMigration};
-use vfio_mediate::mediation::{MediatedDevice, Tracking};
+use vfio_mediate::mediation::gate::Reason;
+use vfio_mediate::mediation::{Limits, MediatedDevice, Tracking};
 use vfio_mediate::plugin::Registry;
 use vfio_mediate_sdk::state::DeviceState::{self, *};
 
@@ -147,4 +151,71 @@ fn an_open_that_fails_at_any_step_leaves_nothing_started() {
         drop(opened);
         assert_nothing_started(&device, name);
     }
+}
+
+/// A device that somebody has alone is not let go under him: nothing has changed, and who asks again gets it.
+///
+/// spec: CLOSE-2
+#[test]
+fn letting_go_of_a_busy_device_changes_nothing_and_may_be_asked_again() {
+    let device = Arc::new(FakeDevice::new());
+    let (at_reset, reached) = mpsc::channel();
+    let (go_on, wait) = mpsc::channel::<()>();
+    let (at_reset, wait) = (Mutex::new(at_reset), Mutex::new(wait));
+    let watcher = move |what| {
+        if what == "reset" {
+            at_reset.lock().unwrap().send(()).unwrap();
+            wait.lock().unwrap().recv().unwrap();
+        }
+    };
+    device.watcher.set(Watcher(Box::new(watcher))).unwrap();
+    let limits = Limits { drain: Duration::from_millis(50), ..Limits::default() };
+    let opened = MediatedDevice::with_mediator(device.clone(), space(), limits, |_| Ok(None));
+    let mediated = opened.unwrap();
+    let map = mediated.region_map(0, 0, PAGE).unwrap();
+    thread::scope(|scope| {
+        let reset = scope.spawn(|| mediated.reset());
+        reached.recv().unwrap();
+        assert_eq!(mediated.let_go().unwrap_err().errno(), Errno::BUSY);
+        assert!(!mediated.has_failed() && mediated.closed() != Some(Reason::Closed));
+        go_on.send(()).unwrap();
+        reset.join().unwrap().unwrap();
+    });
+    assert!(map.is_live());
+    mediated.region_read(0, 0, &mut [0; 4]).unwrap();
+    mediated.let_go().unwrap();
+    assert!(!map.is_live());
+    assert_eq!(mediated.region_read(0, 0, &mut [0; 4]).unwrap_err().errno(), Errno::NODEV);
+    mediated.let_go().unwrap();
+}
+
+/// An access that does not end fails the device; its mappings are taken when nobody is in the middle of one.
+///
+/// spec: CLOSE-2
+#[test]
+fn letting_go_under_an_access_that_does_not_end_fails_the_device_and_takes_nothing_from_under_it() {
+    let device = Arc::new(FakeDevice::new());
+    let (at_read, reached) = mpsc::channel();
+    let (go_on, wait) = mpsc::channel::<()>();
+    let (at_read, wait) = (Mutex::new(at_read), Mutex::new(wait));
+    let watcher = move |what| {
+        if what == "bar_read" {
+            at_read.lock().unwrap().send(()).unwrap();
+            wait.lock().unwrap().recv().unwrap();
+        }
+    };
+    device.watcher.set(Watcher(Box::new(watcher))).unwrap();
+    let limits = Limits { drain: Duration::from_millis(50), ..Limits::default() };
+    let opened = MediatedDevice::with_mediator(device.clone(), space(), limits, |_| Ok(None));
+    let mediated = opened.unwrap();
+    let map = mediated.region_map(0, 0, PAGE).unwrap();
+    thread::scope(|scope| {
+        let access = scope.spawn(|| mediated.region_read(0, 0, &mut [0; 4]));
+        reached.recv().unwrap();
+        mediated.let_go().unwrap_err();
+        assert!(mediated.has_failed() && map.is_live());
+        go_on.send(()).unwrap();
+        access.join().unwrap().unwrap();
+    });
+    assert!(!map.is_live());
 }

@@ -70,7 +70,7 @@ impl Host {
 
     fn ram(&self, offset: u64) -> Vec<u8> {
         let mut data = vec![0; LENGTH];
-        self.device.memory().ram().mapping().read(offset, &mut data).unwrap();
+        self.device.memory().ram().unwrap().mapping().read(offset, &mut data).unwrap();
         data
     }
 
@@ -97,7 +97,7 @@ fn an_edu_moves_to_another_device_with_its_hidden_buffer() {
 
     // Into the hidden buffer, and a result that nobody can write.
     let pattern: Vec<u8> = (0..LENGTH).map(|at| (at * 7 + 3) as u8).collect();
-    source.device.memory().ram().mapping().write(PAGE, &pattern).unwrap();
+    source.device.memory().ram().unwrap().mapping().write(PAGE, &pattern).unwrap();
     source.dma(PAGE, BUFFER, 1);
     source.write(FACTORIAL, 6);
     source.clock.advance(Duration::from_millis(150));

@@ -245,6 +245,25 @@ fn with_a_wakeup_the_first_access_wakes_the_device_and_that_is_once() {
 
 /// spec: POWER-13
 #[test]
+fn who_was_told_of_the_end_of_low_power_may_enter_it_again() {
+    let sim = edu(Sleep::D3Hot);
+    let device = plain(sim.clone());
+    let wakeup = EventFd::new().unwrap();
+    for round in 0..3 {
+        device.low_power_entry(Some(wakeup.as_fd())).unwrap();
+        assert_eq!(errno(device.low_power_entry(Some(wakeup.as_fd()))), Errno::INVAL, "it is in low power");
+        sim.resume_by_another();
+        assert_eq!((wakeup.read(), is_suspended(&device)), (Ok(1), false), "round {round}");
+    }
+    device.low_power_entry(None).unwrap();
+    sim.resume_by_another();
+    assert_eq!(errno(device.low_power_entry(None)), Errno::INVAL, "without a wake-up it is suspended again by itself");
+    device.low_power_exit().unwrap();
+    assert_eq!(sim.accesses_while_suspended(), 0);
+}
+
+/// spec: POWER-13
+#[test]
 fn racing_accesses_wake_the_device_together_and_signal_once() {
     let sim = edu(Sleep::D3Hot);
     let device = plain(sim.clone());

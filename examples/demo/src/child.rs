@@ -240,7 +240,7 @@ impl VmmPort for DemoVmm {
 
 impl DemoVmm {
     fn dump(&self, path: &PathBuf) {
-        match write_image(self.machine.memory().ram().mapping(), path) {
+        match write_image(self.machine.memory().ram().expect("RAM of its own").mapping(), path) {
             Ok(bytes) => tell(&Event::Dumped { path: path.display().to_string(), bytes }),
             Err(error) => tell(&Event::Failed { what: format!("{}: {error:#}", path.display()) }),
         }
@@ -284,7 +284,7 @@ impl DemoVmm {
 
     /// What `--break` asks for, at the destination.
     fn damage(&self) -> anyhow::Result<()> {
-        let ram = self.machine.memory().ram().mapping();
+        let ram = self.machine.memory().ram().expect("RAM of its own").mapping();
         match self.args.fault {
             Some(Fault::Page) => {
                 let address = crate::layout::State { ram }.places()?.cpu_first * vfio_mediate::memory::PAGE_SIZE;
@@ -346,7 +346,7 @@ struct HostPlatform {
 
 impl Platform for HostPlatform {
     fn ram(&self) -> &Mapping {
-        self.memory.ram().mapping()
+        self.memory.ram().expect("RAM of its own").mapping()
     }
 
     fn read32(&self, offset: u64) -> anyhow::Result<u32> {

@@ -35,6 +35,10 @@ pub enum MachineError {
     Unreachable { device: String },
 }
 
+/// Most bytes of memory that the clients of served devices may bring at a time: those of a VM, with what it maps twice. The dirty log
+/// of it takes address space, and memory once a page is dirty.
+const CLIENT_MEMORY_MAX: u64 = 1 << 39;
+
 /// Devices, memory and plug-ins of one VM.
 #[derive(Debug)]
 pub struct Machine {
@@ -54,33 +58,37 @@ impl Machine {
             }
             registry.register(library, Limits { devices_max: plugin.devices_max })?;
         }
-        // Clients of served devices bring the memory.
-        let bytes = config.memory.map_or(PAGE_SIZE, |memory| memory.bytes());
-        let memory = AddressSpace::new(GuestRam::new(bytes)?);
+        let memory = match config.memory {
+            Some(memory) => AddressSpace::new(GuestRam::new(memory.bytes())?),
+            // Clients of served devices bring it.
+            None => AddressSpace::of_clients(CLIENT_MEMORY_MAX),
+        };
         // Dropped on an error, it lets go of what is open by then.
         let mut machine = Self { devices: Vec::with_capacity(config.devices.len()), memory, registry };
         let mut opener = Opener { kvm, ..Opener::default() };
         for wanted in &config.devices {
             let device = opener.open(wanted)?;
-            machine.add(device, config.memory.is_some())?;
+            machine.add(device)?;
         }
         Ok(machine)
     }
 
-    /// `has_memory`: the host's own, all of which the device may reach.
-    fn add(&mut self, device: Arc<dyn Device>, has_memory: bool) -> Result<(), MachineError> {
+    /// The device may reach all of the host's own memory. What clients bring they map themselves.
+    fn add(&mut self, device: Arc<dyn Device>) -> Result<(), MachineError> {
         let name = device.identity().name.clone();
         let ranges = device.iova_ranges();
         let failed = |source| MachineError::Mediation { device: name.clone(), source };
         let mediated = MediatedDevice::open(device, &self.registry, Arc::clone(&self.memory)).map_err(failed)?;
-        if has_memory {
-            let maps = reachable(self.memory.ram().size(), &ranges);
-            if maps.is_empty() {
-                return Err(MachineError::Unreachable { device: name });
-            }
-            for map in maps {
-                mediated.dma_map(map).map_err(failed)?;
-            }
+        let Some(ram) = self.memory.ram() else {
+            self.devices.push(mediated);
+            return Ok(());
+        };
+        let maps = reachable(ram.size(), &ranges);
+        if maps.is_empty() {
+            return Err(MachineError::Unreachable { device: name });
+        }
+        for map in maps {
+            mediated.dma_map(map).map_err(failed)?;
         }
         self.devices.push(mediated);
         Ok(())

@@ -58,8 +58,9 @@ impl Service for HostService {
 fn status(host: &Host) -> Status {
     let (guest, explanation) = host.ownership();
     // Devices and plug-ins are asked under no lock of the host's.
-    let parts = host
-        .with_machine(|machine| (machine.memory.ram().size(), machine.devices.clone(), Arc::clone(&machine.registry)));
+    let parts = host.with_machine(|machine| {
+        (machine.memory.ram().map_or(0, |ram| ram.size()), machine.devices.clone(), Arc::clone(&machine.registry))
+    });
     let (memory_bytes, devices, plugins) = parts.map_or_else(Default::default, |(bytes, devices, registry)| {
         let devices = devices.iter().map(|device| device_status(host, device)).collect();
         let plugins = registry.list().into_iter().map(|plugin| PluginStatus {

@@ -45,6 +45,12 @@ pub trait Device: Send + Sync + Debug {
     /// Maps part of a region into this process. ENODEV (Refused) where the region cannot be mapped.
     fn region_map(&self, index: u32, offset: u64, length: u64) -> Result<Arc<crate::sys::Mapping>>;
 
+    /// The file that a region is mapped from, and where in it the region begins. Whoever has it reaches all that the file has,
+    /// whatever the region's areas say; what else it lets him do is the file's business. `None`: it has none.
+    fn region_file(&self, _index: u32) -> Option<(BorrowedFd<'_>, u64)> {
+        None
+    }
+
     /// As `VFIO_DEVICE_SET_IRQS`. The device keeps its own duplicates of the eventfds.
     fn set_irqs(&self, request: &IrqSet<'_>) -> Result<()>;
 

@@ -1,9 +1,8 @@
 //! Questions to a device and its answers, in VFIO's words.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 
-use crate::sys::Mapping;
+use crate::sys::DmaMemory;
 
 /// `VFIO_PCI_CONFIG_REGION_INDEX`.
 pub const CONFIG_REGION: u32 = 7;
@@ -116,12 +115,12 @@ pub struct IrqSet<'a> {
     pub data: IrqData<'a>,
 }
 
-/// Memory for the device. The mapping is kept alive until it is unmapped.
+/// Memory for the device, kept alive until it is unmapped.
 #[derive(Debug, Clone)]
 pub struct DmaMap {
     pub iova: u64,
     pub length: u64,
-    pub memory: Arc<Mapping>,
+    pub memory: DmaMemory,
     /// Byte offset inside `memory`
     pub offset: u64,
     pub read: bool,

@@ -21,7 +21,7 @@ use std::thread::JoinHandle;
 
 use super::in_process::{GuestThread, InProcess, IrqLine};
 use crate::mediation::{MediatedDevice, MediationError};
-use crate::memory::AddressSpace;
+use crate::memory::{AddressSpace, MemoryError};
 use crate::sys::{Mapping, MappingError};
 
 /// What a guest could not do.
@@ -30,6 +30,8 @@ pub enum GuestError {
     /// An address outside its memory, or not aligned: the guest's own mistake
     #[error("guest memory")]
     Memory(#[from] MappingError),
+    #[error("guest memory")]
+    NoMemory(#[from] MemoryError),
     #[error("device {device}")]
     Device { device: usize, source: MediationError },
     #[error("there is no device {device}")]
@@ -65,35 +67,35 @@ impl Guest {
         self.machine.memory()
     }
 
-    /// All of its memory; offset 0 is guest-physical 0.
-    pub fn ram(&self) -> &Mapping {
-        self.machine.memory().ram().mapping()
+    /// All of its memory; offset 0 is guest-physical 0. Refused where the memory is its devices' clients'.
+    pub fn ram(&self) -> Result<&Mapping> {
+        Ok(self.machine.memory().own_ram()?.mapping())
     }
 
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<()> {
-        Ok(self.ram().read(offset, data)?)
+        Ok(self.ram()?.read(offset, data)?)
     }
 
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        Ok(self.ram().write(offset, data)?)
+        Ok(self.ram()?.write(offset, data)?)
     }
 
     /// Aligned, with acquire order.
     pub fn load_u64(&self, offset: u64) -> Result<u64> {
-        Ok(self.ram().load_u64(offset, Ordering::Acquire)?)
+        Ok(self.ram()?.load_u64(offset, Ordering::Acquire)?)
     }
 
     /// Aligned, with release order.
     pub fn store_u64(&self, offset: u64, value: u64) -> Result<()> {
-        Ok(self.ram().store_u64(offset, value, Ordering::Release)?)
+        Ok(self.ram()?.store_u64(offset, value, Ordering::Release)?)
     }
 
     pub fn load_u32(&self, offset: u64) -> Result<u32> {
-        Ok(self.ram().load_u32(offset, Ordering::Acquire)?)
+        Ok(self.ram()?.load_u32(offset, Ordering::Acquire)?)
     }
 
     pub fn store_u32(&self, offset: u64, value: u32) -> Result<()> {
-        Ok(self.ram().store_u32(offset, value, Ordering::Release)?)
+        Ok(self.ram()?.store_u32(offset, value, Ordering::Release)?)
     }
 
     pub fn device(&self, device: usize) -> Result<&Arc<MediatedDevice>> {

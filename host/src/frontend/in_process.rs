@@ -202,7 +202,7 @@ impl VmmPort for InProcess {
             what: format!("watching what the guest stores: {error}"),
             errno: error.errno(),
         };
-        let dirt = CpuDirt::new(Arc::clone(self.memory.ram().mapping())).map_err(failed)?;
+        let dirt = self.memory.own_ram().and_then(|ram| CpuDirt::new(Arc::clone(ram.mapping()))).map_err(failed)?;
         dirt.arm().map_err(failed)?;
         *lock(&self.dirt) = Some(dirt);
         Ok(())
@@ -409,7 +409,7 @@ mod tests {
             return;
         }
         machine.start_cpu_dirt().unwrap();
-        machine.memory().ram().mapping().fill(2 * PAGE_SIZE, 1, 7).unwrap();
+        machine.memory().ram().unwrap().mapping().fill(2 * PAGE_SIZE, 1, 7).unwrap();
         machine.sync_cpu_dirt(&log).unwrap();
         assert_eq!(log.drain().words(), [0b100]);
         machine.stop_cpu_dirt();

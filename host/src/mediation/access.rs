@@ -279,6 +279,12 @@ impl MediatedDevice {
         if data.len() > CONFIG_MAX {
             return Err(outside(CONFIG_REGION, offset, data.len(), CONFIG_MAX as u64));
         }
+        self.config_write_but_reset(offset, data)?;
+        // A function-level reset is one as any other: alone, with nothing mapped, and told to the plug-in.
+        if self.shared.filter.resets(offset, data) { self.reset() } else { Ok(()) }
+    }
+
+    fn config_write_but_reset(&self, offset: u64, data: &[u8]) -> Result<()> {
         if !self.shared.filter.may_disable(offset, data.len() as u64) {
             return self.with_pass(Class::Control, || self.config_write_in(offset, data));
         }

@@ -23,7 +23,7 @@ use super::watch::Watch;
 use super::{MediatedDevice, lock};
 use crate::device::{CONFIG_REGION, Device, DmaMap, IrqAction, IrqData, IrqInfo, IrqSet, RegionInfo};
 use crate::lock_order::{self, Guard};
-use crate::memory::{AddressSpace, IovaMapping};
+use crate::memory::{AddressSpace, IovaMapping, MemoryError};
 use crate::sys::duplicate;
 
 /// Requests that one device's hooks may have waiting.
@@ -53,6 +53,8 @@ pub struct Shared {
     pub timers: Arc<Timers>,
     /// The kernel's word about the device
     pub watch: Watch,
+    /// Who this device is to its VM's address space
+    pub holder: u64,
     /// Guest maps of this device, by iova
     pub maps: Mutex<BTreeMap<u64, IovaMapping>>,
     /// Vectors whose firing the plug-in wants to see: (index, start, count)
@@ -77,6 +79,7 @@ impl Shared {
     ) -> Self {
         Self {
             device,
+            holder: memory.holder(),
             memory,
             gate,
             filter,
@@ -103,7 +106,8 @@ impl Shared {
         let mut requests = lock(&self.requests);
         // Asking twice for the same is asking once.
         if !requests.contains(&task) {
-            if requests.len() >= REQUESTS_MAX {
+            // The one look that memory's gate may wait for has its place in any case.
+            if requests.len() >= REQUESTS_MAX && task != Task::Recheck {
                 return Err(Errno::NOSPC);
             }
             requests.push_back(task);
@@ -119,6 +123,17 @@ impl Shared {
 
     pub fn mappings(&self) -> Vec<IovaMapping> {
         self.maps().values().copied().collect()
+    }
+
+    /// Gives the VM's memory back a map of this device.
+    pub fn leave(&self, map: &IovaMapping) -> Result<(), MemoryError> {
+        match self.memory.ram() {
+            Some(_) => {
+                self.memory.leave(map);
+                Ok(())
+            }
+            None => self.memory.leave_client(map, self.holder),
+        }
     }
 
     fn is_interposed(&self, index: u32, vector: u32) -> bool {
@@ -170,6 +185,10 @@ impl Shared {
     /// Revoke first, then act, also where a hook acts. Whoever has the device alone takes the mappings away; under a pass others
     /// may be in the middle of an access through one, so that nothing is done.
     fn before_config_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        if region == CONFIG_REGION && self.filter.resets(offset, data) {
+            // The kernel would reset at once, under whoever is in the middle of an access: a hook asks for a reset instead.
+            return Err(Errno::BUSY);
+        }
         if region != CONFIG_REGION || !self.filter.disables(offset, data, self.gated.load(Ordering::Acquire)) {
             return Ok(());
         }
@@ -218,7 +237,11 @@ impl Drop for Shared {
                 tracing::warn!(device = %self.device.identity().name, iova, %error, "unmapping at close");
             }
         }
-        mappings.iter().for_each(|map| self.memory.leave(map));
+        for map in &mappings {
+            if let Err(error) = self.leave(map) {
+                tracing::warn!(device = %self.device.identity().name, %error, "a client's memory is still being copied");
+            }
+        }
     }
 }
 
@@ -301,7 +324,7 @@ impl HostCalls for Shared {
         let mut maps = self.memory.mappings();
         maps.extend(self.mappings());
         let (iova, memory) = self.scratch.reserve(length, address_bits, &self.device.iova_ranges(), &maps)?;
-        let map = DmaMap { iova, length, memory: memory.clone(), offset: 0, read: true, write: true };
+        let map = DmaMap { iova, length, memory: memory.clone().into(), offset: 0, read: true, write: true };
         if let Err(error) = self.device.dma_map(&map) {
             self.scratch.remove(iova);
             return Err(error.errno);

@@ -28,7 +28,12 @@ impl MediatedDevice {
         if self.walking.load(Ordering::Acquire) {
             // Whoever walks attends when he is done.
             let full = |errno| MediationError::refused("one more request", errno);
-            return self.shared.queue(Task::Asked(Request::Reset)).map_err(full);
+            self.shared.queue(Task::Asked(Request::Reset)).map_err(full)?;
+            if !self.walking.load(Ordering::Acquire) {
+                // He was done, and may have looked before it was there.
+                self.attend();
+            }
+            return Ok(());
         }
         // Refuses at once, for the gate's own reason, what nobody may do now. A device that sleeps is resumed for it.
         match self.enter(Class::Control) {
@@ -154,7 +159,8 @@ impl MediatedDevice {
             }
             Task::Asked(Request::Reset) => match self.lane.try_enter() {
                 Some(token) => self.reset_in(&token),
-                None => return self.put_back(task),
+                // Whoever was in the way may have attended before it was back in the queue: then it is done in the next round.
+                None => return self.put_back(task) || self.lane.try_enter().is_some(),
             },
             Task::Asked(Request::Map(map)) => self.switch_table(map),
             Task::Recheck => self.alone(Reason::Reconfiguring, self.drain_deadline(), || self.look_at_command()),
@@ -180,7 +186,10 @@ impl MediatedDevice {
     pub fn fail(&self, errno: Errno) {
         self.shared.gate.fail();
         self.shared.cancel.store(true, Ordering::Release);
-        self.tell(abi::EVENT_DEVICE_ERROR, [errno.raw_os_error() as u64, 0, 0]);
+        // Its hook may want to look at the device, which must not be reached while it sleeps; from here on it cannot enter.
+        if self.entered().is_none() {
+            self.tell(abi::EVENT_DEVICE_ERROR, [errno.raw_os_error() as u64, 0, 0]);
+        }
         self.revoke_failed();
     }
 

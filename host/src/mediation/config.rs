@@ -20,8 +20,10 @@
 //! | 0x34-0x3b | capability pointer, reserved | - |
 //! | 0x3c | interrupt line | all |
 //! | 0x3d-0x3f | pin, grant, latency | - |
-//! | 0x40-0xff | capabilities: id and next pointer - , the rest | all (the device or vfio-pci decides) |
+//! | 0x40-0xff | capabilities: id and next pointer - , the rest | all (the device or vfio-pci decides), but not function-level reset |
 //! | 0x100- | extended capabilities: 4-byte header - , the rest | all |
+//!
+//! A function-level reset that is asked for here is the host's to do, as any other reset: the bits never reach a hook.
 
 use std::ops::Range;
 
@@ -42,6 +44,20 @@ const STATUS_CAPABILITIES: u8 = 1 << 4;
 const CAPABILITY_POWER: u8 = 0x01;
 /// From the power capability: PMCSR, whose lowest two bits are the power state.
 const PMCSR: usize = 4;
+const CAPABILITY_EXPRESS: u8 = 0x10;
+/// `PCI_EXP_DEVCAP`, and in its highest byte whether there is a function-level reset
+const EXPRESS_DEVCAP: usize = 4;
+const EXPRESS_DEVCAP_FLR: u8 = 1 << 4;
+/// `PCI_EXP_DEVCTL`, and in its higher byte what starts one
+const EXPRESS_DEVCTL: usize = 8;
+const EXPRESS_DEVCTL_FLR: u8 = 1 << 7;
+const CAPABILITY_ADVANCED: u8 = 0x13;
+/// `PCI_AF_CAP`
+const ADVANCED_CAP: usize = 3;
+const ADVANCED_CAP_FLR: u8 = 1 << 1;
+/// `PCI_AF_CTRL`
+const ADVANCED_CTRL: usize = 4;
+const ADVANCED_CTRL_FLR: u8 = 1 << 0;
 
 /// What one write becomes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +78,8 @@ pub struct ConfigFilter {
     cleared_by_one: [u8; SIZE],
     /// The power capability's PMCSR
     power: Option<u64>,
+    /// Byte and bit that ask for a function-level reset
+    resets: Vec<(u64, u8)>,
     /// Headers of extended capabilities, read only
     extended_headers: Vec<u64>,
 }
@@ -73,6 +91,7 @@ impl ConfigFilter {
             writable: [0; SIZE],
             cleared_by_one: [0; SIZE],
             power: None,
+            resets: resets(&identity.config),
             extended_headers: extended_headers(extended),
         };
         let mut allow = |offset: usize, mask: &[u8]| filter.writable[offset..][..mask.len()].copy_from_slice(mask);
@@ -89,6 +108,9 @@ impl ConfigFilter {
             if id == CAPABILITY_POWER && at + PMCSR + 2 <= SIZE {
                 filter.power = Some((at + PMCSR) as u64);
             }
+        }
+        for (at, bit) in &filter.resets {
+            filter.writable[*at as usize] &= !bit;
         }
         filter
     }
@@ -138,6 +160,12 @@ impl ConfigFilter {
         asleep || (off && gated)
     }
 
+    /// Whether a client that writes this asks for a function-level reset.
+    pub fn resets(&self, offset: u64, data: &[u8]) -> bool {
+        let byte = |at: u64| at.checked_sub(offset).and_then(|at| data.get(usize::try_from(at).ok()?).copied());
+        self.resets.iter().any(|(at, bit)| byte(*at).is_some_and(|byte| byte & bit != 0))
+    }
+
     pub fn power(&self) -> Option<u64> {
         self.power
     }
@@ -163,6 +191,21 @@ fn capabilities(config: &[u8]) -> Vec<(u8, usize)> {
         next = Some(after);
     }
     found
+}
+
+/// Where a function-level reset is asked for, of a device that has one.
+fn resets(config: &[u8]) -> Vec<(u64, u8)> {
+    let has = |at: usize, bit: u8| config.get(at).is_some_and(|byte| byte & bit != 0);
+    let all = capabilities(config).into_iter().filter_map(|(id, at)| match id {
+        CAPABILITY_EXPRESS if has(at + EXPRESS_DEVCAP + 3, EXPRESS_DEVCAP_FLR) => {
+            Some((at + EXPRESS_DEVCTL + 1, EXPRESS_DEVCTL_FLR))
+        }
+        CAPABILITY_ADVANCED if has(at + ADVANCED_CAP, ADVANCED_CAP_FLR) => {
+            Some((at + ADVANCED_CTRL, ADVANCED_CTRL_FLR))
+        }
+        _ => None,
+    });
+    all.filter(|(at, _)| *at < SIZE).map(|(at, bit)| (at as u64, bit)).collect()
 }
 
 fn extended_headers(extended: &[u8]) -> Vec<u64> {

@@ -262,32 +262,39 @@ impl MediatedDevice {
     }
 
     /// Lets go of the device as far as those can who do not hold it alone: it is resumed, and from here on refuses everything
-    /// (ENODEV) for good. It is closed when the last reference goes.
-    pub fn let_go(&self) {
+    /// (ENODEV) for good. It is closed when the last reference goes. An error: somebody else had it alone all the while (then
+    /// nothing has changed: ask again), or accesses did not end (then it is failed, and whoever leaves last takes its mappings).
+    pub fn let_go(&self) -> Result<()> {
         self.shared.cancel.store(true, Ordering::Release);
-        self.shut();
+        let done = match self.shut() {
+            Err(CloseError::Gone(_)) => Ok(()),
+            done => done.map_err(MediationError::from),
+        };
         self.shared.cancel.store(false, Ordering::Release);
+        self.revoke_failed();
+        done
     }
 
     /// For good. The second time nothing is left to do.
-    fn shut(&self) {
+    fn shut(&self) -> std::result::Result<(), CloseError> {
         let _right = lock_order::right(Right::Turn);
-        let turn = self.shared.gate.close(Reason::Closed, self.drain_deadline());
-        if turn.is_ok() {
-            // The plug-in's last call still reaches the device.
-            match self.settle(Asleep::Resume) {
-                Ok(()) => {
-                    self.shared.watch.disarm(self.device());
-                    self.leave_nothing_started();
-                }
-                Err(error) => {
-                    tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
-                }
-            }
-        }
+        let turn = self.shared.gate.close(Reason::Closed, self.drain_deadline())?;
+        self.wake_and_leave();
         self.end_maps();
-        if let Ok(turn) = turn {
-            turn.release(Standing { everything: Some(Reason::Closed), memory: None });
+        turn.release(Standing { everything: Some(Reason::Closed), memory: None });
+        Ok(())
+    }
+
+    /// The plug-in's last call still reaches the device: it is awake for that, with nothing of ours started in it.
+    fn wake_and_leave(&self) {
+        match self.settle(Asleep::Resume) {
+            Ok(()) => {
+                self.shared.watch.disarm(self.device());
+                self.leave_nothing_started();
+            }
+            Err(error) => {
+                tracing::warn!(device = %self.identity().name, %error, "it does not resume before it is closed");
+            }
         }
     }
 
@@ -310,8 +317,14 @@ impl Drop for MediatedDevice {
         shared.watch.stop();
         // Nothing is in flight: every call borrows the device, and its threads are gone or are this one. A forgotten pass
         // would fail the gate, which refuses everything too.
-        self.shut();
-        shared.cancel.store(false, Ordering::Release);
+        if self.shut().is_err() {
+            // Closed or failed before: what did not resume then may now.
+            if self.entered().is_some() {
+                self.wake_and_leave();
+            }
+            self.end_maps();
+        }
+        self.shared.cancel.store(false, Ordering::Release);
         // Before the services go, which take the device's maps away.
         self.plugin = None;
     }

@@ -1,5 +1,7 @@
 //! What a client is told of regions and irqs, mappings, and SET_IRQS.
 
+use std::os::fd::OwnedFd;
+
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::VFIO_REGION_INFO_FLAG_MMAP;
 use vfio_mediate_sdk::abi;
@@ -65,6 +67,30 @@ impl MediatedDevice {
         Ok(with_areas(&own, &info, stand_ins.map(|stand_in| stand_in.area).collect()))
     }
 
+    /// Whether the device's file may be given to a process that is trusted like this one: it reaches every byte and every vector.
+    /// EPERM with any claim.
+    pub fn check_shareable(&self) -> Result<()> {
+        let Some(plugin) = &self.plugin else { return Ok(()) };
+        if plugin.claims().is_empty() && plugin.irq_claims().is_empty() {
+            return Ok(());
+        }
+        let name = self.summary.as_ref().map_or("a plug-in", |summary| &summary.name);
+        Err(MediationError::refused(format!("sharing the device's file, since {name} has claims on it"), Errno::PERM))
+    }
+
+    /// The file that a region is mapped from, for such a process, and where in it the region begins; never of a device with
+    /// claims, since who has it reaches all of it. Nothing takes it back.
+    pub fn region_file(&self, index: u32) -> Result<Option<(OwnedFd, u64)>> {
+        self.check_shareable()?;
+        let Some((file, offset)) = self.device().region_file(index) else { return Ok(None) };
+        let file = file.try_clone_to_owned();
+        let file = file.map_err(|error| {
+            let errno = error.raw_os_error().map_or(Errno::MFILE, Errno::from_raw_os_error);
+            MediationError::refused(format!("one more descriptor for region {index}"), errno)
+        })?;
+        Ok(Some((file, offset)))
+    }
+
     /// As the device's own, narrowed by hooks.
     pub fn irq_info(&self, index: u32) -> Result<IrqInfo> {
         let no_index = || MediationError::refused(format!("irq index {index}"), Errno::INVAL);
@@ -120,7 +146,7 @@ impl MediatedDevice {
     }
 
     /// Asks the hooks, and returns the vectors that they handled, as `start .. end`, ascending.
-    fn offer_irqs(&self, request: &IrqSet<'_>) -> Result<Vec<(u32, u32)>> {
+    pub(super) fn offer_irqs(&self, request: &IrqSet<'_>) -> Result<Vec<(u32, u32)>> {
         let Some(plugin) = &self.plugin else { return Ok(Vec::new()) };
         let mut claims: Vec<_> = plugin.irq_claims().iter().enumerate().collect();
         claims.retain(|(_, claim)| claim.index == request.index && claim.has_set_irqs);

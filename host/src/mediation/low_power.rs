@@ -59,7 +59,9 @@ impl MediatedDevice {
         let deadline = Instant::now() + self.limits.access_wait;
         for _ in 0..ROUNDS_MAX {
             // What hooks asked for needs the device: it is done before, not by waking it up again.
-            self.attend();
+            if self.entered().is_none() {
+                self.attend();
+            }
             let _token = self.lane.enter(deadline)?;
             if self.state() != DeviceState::Running || self.is_tracking() {
                 return Err(MediationError::refused("low power of a device that is being migrated", Errno::BUSY));
@@ -67,7 +69,8 @@ impl MediatedDevice {
             // For a passing reason: who comes meanwhile learns at the end whether the device sleeps.
             let _right = lock_order::right(Right::Turn);
             let turn = self.shared.gate.close_or_leave(Reason::Reconfiguring, deadline)?;
-            let done = if self.shared.gate.wants_attention() { None } else { Some(self.fall_asleep(wakeup)) };
+            let wanted = self.shared.gate.wants_attention() && self.entered().is_none();
+            let done = if wanted { None } else { Some(self.fall_asleep(wakeup)) };
             self.release(turn);
             if let Some(done) = done {
                 return done;
@@ -78,8 +81,8 @@ impl MediatedDevice {
 
     /// The caller has the device alone.
     fn fall_asleep(&self, wakeup: Option<BorrowedFd<'_>>) -> Result<()> {
-        if self.entered().is_some() {
-            return Err(MediationError::refused("entering low power twice", Errno::INVAL));
+        if let Some(entered) = self.entered() {
+            return self.enter_again(entered, wakeup);
         }
         if !self.device().probe_feature(Feature::LowPowerEntry, FeatureAccess::Set) {
             return Err(MediationError::refused("low power", Errno::NOTTY));
@@ -97,6 +100,17 @@ impl MediatedDevice {
                 Err(error)
             }
         }
+    }
+
+    /// The kernel ends low power with a wake-up by itself when something else wakes the device, and tells the client alone: only
+    /// it can say whether this is the second entry. Mappings are revoked already.
+    fn enter_again(&self, entered: Entered, wakeup: Option<BorrowedFd<'_>>) -> Result<()> {
+        if !entered.wakeup {
+            return Err(MediationError::refused("entering low power twice", Errno::INVAL));
+        }
+        self.device().low_power_entry(wakeup)?;
+        lock(&self.condition).entered = Some(Entered { wakeup: wakeup.is_some() });
+        Ok(())
     }
 
     /// As `VFIO_DEVICE_FEATURE_LOW_POWER_EXIT`: the device is awake when it returns. Succeeds when there is nothing to leave;

@@ -22,7 +22,7 @@ use rustix::io::Errno;
 
 use super::device::MediatedDevice;
 use super::error::{MediationError, Result};
-use super::gate::{Class, Exclusive, Reason, Standing};
+use super::gate::{Class, Exclusive, GateClosed, Reason, Standing};
 use super::mediator::{Claim, TrapMap};
 use super::{layout, lock, open};
 use crate::device::{Area, RegionInfo};
@@ -186,6 +186,12 @@ impl MediatedDevice {
                 return Err(MediationError::refused("one more mapping", Errno::NOSPC));
             }
             all.push(Arc::downgrade(&map));
+            drop(all);
+            // A hook that disables memory under a pass refuses it first and then looks for mappings: one of both sees the other.
+            if let Some(reason) = self.shared.gate.cut(Class::Memory) {
+                map.memory.revoke().map_err(failed)?;
+                return Err(GateClosed { reason }.into());
+            }
             Ok(map)
         })
     }
@@ -275,7 +281,8 @@ impl MediatedDevice {
         turn.release(standing);
     }
 
-    fn has_failed(&self) -> bool {
+    /// Everything is refused for good.
+    pub fn has_failed(&self) -> bool {
         self.shared.gate.closed(Class::Control) == Some(Reason::Failed)
     }
 
@@ -285,7 +292,11 @@ impl MediatedDevice {
             return;
         }
         if !self.shared.gate.is_failed_and_empty() {
-            return self.shared.gate.raise_attention();
+            self.shared.gate.raise_attention();
+            // Whoever left in between has not seen it.
+            if !self.shared.gate.is_failed_and_empty() {
+                return;
+            }
         }
         if let Err(error) = self.revoke_maps() {
             tracing::error!(device = %self.identity().name, %error, "a mapping of a failed device stays");

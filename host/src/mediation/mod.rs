@@ -25,6 +25,7 @@
 mod access;
 mod calls;
 mod change;
+mod client_lost;
 mod closing;
 mod config;
 mod device;

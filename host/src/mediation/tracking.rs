@@ -3,6 +3,8 @@
 //! **Must never** call a page clean on doubt: a failed report, a map made after tracking began, a reset in between make
 //! everything dirty that they may hide. Bits go straight into the log, before anything else can fail.
 
+use std::sync::Arc;
+
 use rustix::io::Errno;
 use vfio_mediate_sdk::abi;
 
@@ -12,7 +14,7 @@ use super::gate::Class;
 use super::lock;
 use super::mediator::{Exactness, Origin, TrapMap};
 use crate::device::{IovaRange, NativeDmaLogging};
-use crate::memory::{IovaMapping, PAGE_SIZE};
+use crate::memory::{AddressSpace, IovaMapping, PAGE_SIZE, Report, Taken};
 
 /// Longest range of one report: its bitmap has 32 KiB. Reports end at its multiples, which no page of a log crosses.
 const REPORT_SIZE: u64 = 1 << 30;
@@ -41,12 +43,33 @@ pub(super) struct Active {
     ranges: Vec<IovaRange>,
     /// A reset has ended what was begun
     lost: bool,
+    _logging: Option<Arc<Logging>>,
+}
+
+/// The VM's log runs for this device.
+#[derive(Debug)]
+struct Logging {
+    memory: Arc<AddressSpace>,
+}
+
+impl Logging {
+    fn begin(memory: &Arc<AddressSpace>) -> Self {
+        memory.begin_log();
+        Self { memory: Arc::clone(memory) }
+    }
+}
+
+impl Drop for Logging {
+    fn drop(&mut self) {
+        self.memory.end_log();
+    }
 }
 
 impl MediatedDevice {
     /// Begins tracking. The hook table for tracking holds, and every access under the normal one has ended, *before* the
-    /// device or the plug-in begins to count: no write falls in between. Starts the log if nobody has. A failure leaves
-    /// nothing started. EEXIST when it has begun already.
+    /// device or the plug-in begins to count: no write falls in between. Starts the log if nobody has: RAM is all dirty then,
+    /// a client's memory clean, since he knows that all before is dirty. A failure leaves nothing started. EEXIST when it has
+    /// begun already.
     pub fn start_tracking(&self) -> Result<Tracking> {
         self.in_lane(|| self.start_in())
     }
@@ -55,15 +78,13 @@ impl MediatedDevice {
         if self.is_tracking() {
             return Err(MediationError::refused("tracking twice", Errno::EXIST));
         }
-        if !self.shared.memory.log().is_tracking() {
-            self.shared.memory.log().start();
-        }
+        let logging = Arc::new(Logging::begin(&self.shared.memory));
         self.switch_table(TrapMap::Tracking)?;
         let begun = self.with_pass(Class::Control, || self.begin());
         match begun {
             Ok(active) => {
                 let source = active.source;
-                *lock(&self.tracking) = Some(active);
+                *lock(&self.tracking) = Some(Active { _logging: Some(logging), ..active });
                 Ok(source)
             }
             Err(error) => {
@@ -76,7 +97,14 @@ impl MediatedDevice {
     fn begin(&self) -> Result<Active> {
         let ranges = merged(self.shared.mappings());
         let plugin = self.plugin.as_ref().and_then(|plugin| plugin.dirty());
-        let mut active = Active { source: Tracking::Everything, native_page: None, plugin: false, ranges, lost: false };
+        let mut active = Active {
+            source: Tracking::Everything,
+            native_page: None,
+            plugin: false,
+            ranges,
+            lost: false,
+            _logging: None,
+        };
         if active.ranges.is_empty() {
             // Nothing is mapped, and what is mapped later is taken as dirty.
             return Ok(active);
@@ -122,18 +150,48 @@ impl MediatedDevice {
         })
     }
 
+    /// What has been written since logging began or the last report, by whichever device of the VM: ORs into `bitmap` one bit
+    /// for each `page_size` bytes (a power of two, 4096 at least) of any `length` bytes from `iova` on, a multiple of 4096; bit i
+    /// is bit i % 8 of byte i / 8. What this device has not mapped stays clear. The pages are not in the log any more until
+    /// what is returned is dropped without having been committed.
+    ///
+    /// EINVAL for a range, a page size or a bitmap that cannot be, and where nobody tracks.
+    pub fn dirty_report(&self, iova: u64, length: u64, page_size: u64, bitmap: &mut [u8]) -> Result<Taken> {
+        self.in_lane(|| {
+            let mut report = Report::new(iova, length, page_size, bitmap)?;
+            if !self.is_tracking() {
+                return Err(MediationError::refused("a dirty report without tracking", Errno::INVAL));
+            }
+            self.with_pass(Class::Control, || {
+                let mut taken = Taken::new(&self.shared.memory);
+                for map in self.shared.mappings() {
+                    if let Some((first, last)) = report.part_of(&map) {
+                        self.sync_part(&map, IovaRange { iova: first, last });
+                        taken.take(&map, &mut report);
+                    }
+                }
+                Ok(taken)
+            })
+        })
+    }
+
     /// One map's dirt, whatever happens. Nothing is done while nobody tracks.
     pub(super) fn sync_map(&self, map: &IovaMapping) {
+        self.sync_part(map, IovaRange { iova: map.iova, last: map.iova + (map.length - 1) });
+    }
+
+    /// The same of whole pages of it.
+    fn sync_part(&self, map: &IovaMapping, part: IovaRange) {
         let Some(active) = lock(&self.tracking).clone() else { return };
         if !map.write {
             return;
         }
-        let last = map.iova + (map.length - 1);
-        let logged = active.ranges.iter().find(|range| range.iova <= map.iova && last <= range.last);
+        let IovaRange { iova: first, last } = part;
+        let logged = active.ranges.iter().find(|range| range.iova <= first && last <= range.last);
         let Some(logged) = logged.filter(|_| !active.lost && active.source != Tracking::Everything) else {
-            return self.mark(map.ram_offset, map.length);
+            return self.mark(map.ram_offset + (first - map.iova), last - first + 1);
         };
-        let mut at = map.iova;
+        let mut at = first;
         loop {
             let end = last.min(at | (REPORT_SIZE - 1));
             self.sync_range(&active, logged, IovaRange { iova: at, last: end }, map.ram_offset + (at - map.iova));

@@ -200,11 +200,12 @@ fn wait(wake: &EventFd, lines: &[Line]) -> std::result::Result<Vec<u32>, Errno> 
 impl MediatedDevice {
     /// Hands what the kernel says to `observer`, and at once what it has said already. A later one replaces it.
     pub fn observe(&self, observer: Arc<Observer>) {
-        let heard = {
+        let (before, heard) = {
             let mut news = lock(&self.shared.watch.news);
-            news.observer = Some(Arc::clone(&observer));
-            news.heard.clone()
+            (news.observer.replace(Arc::clone(&observer)), news.heard.clone())
         };
+        // Under no lock: it may hold the last reference to anything.
+        drop(before);
         heard.into_iter().for_each(|notice| observer(notice));
     }
 

@@ -43,6 +43,16 @@ impl DirtyLog {
         fence(Ordering::SeqCst);
     }
 
+    /// Begins tracking with every page clean, for who takes all that was written before as dirty in any case. As if it had been
+    /// started and then drained, and the drain committed: a write whose mark is lost here came before this returns.
+    pub fn start_clean(&self) {
+        self.tracking.store(true, Ordering::Relaxed);
+        for word in &self.words {
+            take(word);
+        }
+        fence(Ordering::SeqCst);
+    }
+
     /// Ends tracking and forgets every mark.
     pub fn stop(&self) {
         self.tracking.store(false, Ordering::Relaxed);
@@ -136,6 +146,42 @@ impl DirtyLog {
         Drain::new(self, words)
     }
 
+    /// Takes `count` pages from `first` out, as a drain does of all; bit 0 of the answer is `first`. Pages outside the log are
+    /// clean. Read the pages' bytes *after* this.
+    pub(super) fn take_pages(&self, first: u64, count: u64) -> Vec<u64> {
+        let end = first.saturating_add(count).min(self.pages);
+        let count = end.saturating_sub(first);
+        let mut taken = vec![0; count.div_ceil(BITS) as usize];
+        let mut page = first;
+        while page < end {
+            let shift = page % BITS;
+            let among = (BITS - shift).min(end - page);
+            let bits = take_bits(&self.words[(page / BITS) as usize], low_mask(among) << shift) >> shift;
+            let at = page - first;
+            let (index, offset) = ((at / BITS) as usize, at % BITS);
+            taken[index] |= bits << offset;
+            if offset != 0
+                && let Some(next) = taken.get_mut(index + 1)
+            {
+                *next |= bits >> (BITS - offset);
+            }
+            page += among;
+        }
+        fence(Ordering::SeqCst);
+        taken
+    }
+
+    /// Forgets the marks of pages that are nobody's any more.
+    pub(super) fn clear_pages(&self, first: u64, count: u64) {
+        let end = first.saturating_add(count).min(self.pages);
+        let mut page = first;
+        while page < end {
+            let among = (BITS - page % BITS).min(end - page);
+            take_bits(&self.words[(page / BITS) as usize], low_mask(among) << (page % BITS));
+            page += among;
+        }
+    }
+
     /// Puts bits back, tracking or not: a stopped log ignores them, and starting sets every bit anyway.
     pub(super) fn restore(&self, words: &[u64]) {
         for (word, bits) in self.words.iter().zip(words) {
@@ -197,6 +243,14 @@ fn or(word: &AtomicU64, bits: u64, fenced: &mut bool) {
 /// Takes a word. A zero is left alone: a mark that comes later belongs to the next drain.
 fn take(word: &AtomicU64) -> u64 {
     if looks_first() && word.load(Ordering::Relaxed) == 0 { 0 } else { word.swap(0, Ordering::AcqRel) }
+}
+
+/// As [`take`], of a part of a word.
+fn take_bits(word: &AtomicU64, mask: u64) -> u64 {
+    if mask == u64::MAX {
+        return take(word);
+    }
+    if word.load(Ordering::Relaxed) & mask == 0 { 0 } else { word.fetch_and(!mask, Ordering::AcqRel) & mask }
 }
 
 /// Whether zeros are left alone. Always, but for models that say otherwise.

@@ -24,6 +24,24 @@ pub enum MemoryError {
     Overflow { iova: u64, length: u64 },
     #[error("{length:#x} bytes at RAM offset {ram_offset:#x} lie outside {size:#x} bytes of RAM")]
     OutsideRam { ram_offset: u64, length: u64, size: u64 },
+    #[error("this machine has no RAM of its own: its clients bring their memory")]
+    NoRam,
+    #[error("this machine's memory is its own: a client's cannot be mapped into it")]
+    NoClients,
+    #[error(
+        "{length:#x} bytes at offset {offset:#x} lie outside a file of {size:#x} bytes, or begin inside a page of it"
+    )]
+    OutsideFile { offset: u64, length: u64, size: u64 },
+    #[error("a client's file to map: {why}: {errno}")]
+    File { why: &'static str, errno: Errno },
+    #[error("no room for a client's map of {length:#x} bytes among {limit:#x} bytes of all clients")]
+    NoRoom { length: u64, limit: u64 },
+    #[error(
+        "{length:#x} bytes at {iova:#x} are mapped with other memory, or with other rights, by another device of the VM"
+    )]
+    OtherMemory { iova: u64, length: u64 },
+    #[error("a client's memory at {iova:#x} is still being copied")]
+    Busy { iova: u64 },
     #[error("a map that may be neither read nor written")]
     NoAccess,
     #[error("{length:#x} bytes at {iova:#x} overlap the map of {:#x} bytes at {:#x}", .existing.length, .existing.iova)]
@@ -53,6 +71,9 @@ impl MemoryError {
             Self::RamSize { .. }
             | Self::Misaligned { .. }
             | Self::OutsideRam { .. }
+            | Self::NoRam
+            | Self::NoClients
+            | Self::OutsideFile { .. }
             | Self::NoAccess
             | Self::Cut { .. }
             | Self::OutOfRange { .. }
@@ -62,10 +83,12 @@ impl MemoryError {
                 Errno::from_io_error(source).unwrap_or(Errno::NOMEM)
             }
             Self::Mapping(MappingError::Map { source, .. }) => Errno::from_io_error(source).unwrap_or(Errno::NOMEM),
+            Self::File { errno, .. } | Self::Mapping(MappingError::Client { errno, .. }) => *errno,
+            Self::Busy { .. } => Errno::BUSY,
             Self::Mapping(_) | Self::Unmapped { .. } => Errno::FAULT,
             Self::Overflow { .. } => Errno::OVERFLOW,
-            Self::Overlap { .. } => Errno::EXIST,
-            Self::TooManyMaps => Errno::NOSPC,
+            Self::Overlap { .. } | Self::OtherMemory { .. } => Errno::EXIST,
+            Self::TooManyMaps | Self::NoRoom { .. } => Errno::NOSPC,
             Self::Denied { .. } => Errno::ACCESS,
             Self::CpuDirt(error) => error.errno(),
         }

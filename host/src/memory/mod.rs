@@ -10,19 +10,27 @@
 //! Addresses: *iova* is a device's view; *RAM offset* and *page* count from the start of RAM. Rules: `spec/memory.md`.
 
 mod atomic;
+mod client_file;
+mod clients;
 mod cpu_dirt;
 mod dirty_log;
 mod drain;
 mod error;
+mod extents;
 mod ram;
 mod space;
+mod taken;
 
+pub use clients::{ClientMap, ClientSource, Joined};
 pub use cpu_dirt::{CpuDirt, CpuDirtError};
 pub use dirty_log::DirtyLog;
 pub use drain::{Drain, PageRun};
 pub use error::MemoryError;
 pub use ram::{GuestRam, RAM_SIZE_MAX};
 pub use space::{AddressSpace, IovaMapping, MAPS_MAX};
+pub use taken::{Report, Taken};
+
+pub use crate::sys::ClientAccess;
 
 /// Bytes per page of the dirty log and granule of the IOVA map.
 pub const PAGE_SIZE: u64 = 4096;

@@ -1,8 +1,9 @@
 //! A VM's memory as its devices see it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::clients::{Backing, Clients};
 use super::drain::Runs;
 use super::{DirtyLog, GuestRam, MemoryError, PAGE_SIZE};
 
@@ -10,7 +11,8 @@ use super::{DirtyLog, GuestRam, MemoryError, PAGE_SIZE};
 pub const MAPS_MAX: usize = 65_535;
 
 /// `length` bytes of RAM from `ram_offset`, seen by devices at `iova`. All three are multiples of [`PAGE_SIZE`], and
-/// `length` is not 0. `read` and `write` say what a *device* may do.
+/// `length` is not 0. `read` and `write` say what a *device* may do. Of a client's memory, `ram_offset` is its place in the
+/// dirty log, and nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct IovaMapping {
     pub iova: u64,
@@ -22,24 +24,44 @@ pub struct IovaMapping {
 
 impl IovaMapping {
     /// The last address, inclusive. A map in the table does not overflow.
-    fn last(&self) -> u64 {
+    pub(super) fn last(&self) -> u64 {
         self.iova + (self.length - 1)
     }
 }
 
-/// A VM's memory: RAM, IOVA map, dirty log.
+/// Whose memory it is.
+#[derive(Debug)]
+pub(super) enum Kind {
+    /// This process's: one block
+    Ram(Arc<GuestRam>),
+    /// Clients bring it, a block for each map
+    Clients(Clients),
+}
+
+/// A VM's memory: what it is made of, IOVA map, dirty log.
 #[derive(Debug)]
 pub struct AddressSpace {
-    ram: Arc<GuestRam>,
-    log: DirtyLog,
-    /// By iova; disjoint.
-    maps: RwLock<BTreeMap<u64, IovaMapping>>,
-    /// By iova: how many hold a map besides the first. Taken under the writer side of `maps` only.
-    sharers: Mutex<BTreeMap<u64, u32>>,
+    pub(super) kind: Kind,
+    pub(super) log: DirtyLog,
+    maps: RwLock<Maps>,
+    /// How many have begun to log and not ended
+    loggers: Mutex<u32>,
+}
+
+/// By iova; disjoint.
+pub(super) type Maps = BTreeMap<u64, Entry>;
+
+/// A map, and who holds it.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) map: IovaMapping,
+    /// Besides the first
+    pub(super) others: u32,
+    pub(super) backing: Backing,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Access {
+pub(super) enum Access {
     Read,
     Write,
     /// Marking: whoever wrote there was allowed to, or did it anyway.
@@ -48,11 +70,11 @@ enum Access {
 
 /// Part of a range of addresses that one map covers.
 #[derive(Debug, Clone, Copy, Default)]
-struct Piece {
+pub(super) struct Piece {
     /// From the range's first address
-    at: u64,
-    ram_offset: u64,
-    length: u64,
+    pub(super) at: u64,
+    pub(super) ram_offset: u64,
+    pub(super) length: u64,
 }
 
 /// What covers a range. Most ranges lie in one map, nearly all in four, and then nothing is allocated.
@@ -77,22 +99,57 @@ impl Pieces {
 }
 
 impl AddressSpace {
-    /// Nothing is mapped and the log is stopped.
+    /// Over this process's own RAM. Nothing is mapped and the log is stopped.
     pub fn new(ram: Arc<GuestRam>) -> Arc<Self> {
-        let log = DirtyLog::new(ram.pages());
-        Arc::new(Self { ram, log, maps: RwLock::default(), sharers: Mutex::default() })
+        let pages = ram.pages();
+        Self::of(Kind::Ram(ram), pages)
     }
 
-    pub fn ram(&self) -> &Arc<GuestRam> {
-        &self.ram
+    pub(super) fn of(kind: Kind, pages: u64) -> Arc<Self> {
+        let (log, maps) = (DirtyLog::new(pages), RwLock::default());
+        Arc::new(Self { kind, log, maps, loggers: Mutex::default() })
+    }
+
+    /// `None`: the memory is the clients', who map it piece by piece.
+    pub fn ram(&self) -> Option<&Arc<GuestRam>> {
+        match &self.kind {
+            Kind::Ram(ram) => Some(ram),
+            Kind::Clients(_) => None,
+        }
+    }
+
+    /// The RAM, for those who cannot do without.
+    pub fn own_ram(&self) -> Result<&Arc<GuestRam>, MemoryError> {
+        self.ram().ok_or(MemoryError::NoRam)
     }
 
     pub fn log(&self) -> &DirtyLog {
         &self.log
     }
 
-    /// Adds a map. Refused: misaligned or empty, beyond the last address, outside RAM, without any access, overlapping a
-    /// map (which the error names), one map too many.
+    /// Starts the log, or joins those who have: all of RAM is dirty then, and nothing of a client's memory, which he takes
+    /// as dirty himself. Each begin has its [`Self::end_log`].
+    pub fn begin_log(&self) {
+        let mut loggers = self.loggers.lock().unwrap_or_else(PoisonError::into_inner);
+        *loggers += 1;
+        match &self.kind {
+            Kind::Ram(_) if !self.log.is_tracking() => self.log.start(),
+            Kind::Clients(_) if *loggers == 1 => self.log.start_clean(),
+            _ => {}
+        }
+    }
+
+    /// The log of clients' memory stops with the last who had begun it. That of RAM is stopped by whoever migrates it.
+    pub fn end_log(&self) {
+        let mut loggers = self.loggers.lock().unwrap_or_else(PoisonError::into_inner);
+        *loggers = loggers.saturating_sub(1);
+        if *loggers == 0 && matches!(self.kind, Kind::Clients(_)) {
+            self.log.stop();
+        }
+    }
+
+    /// Adds a map of RAM. Refused: misaligned or empty, beyond the last address, outside RAM, without any access,
+    /// overlapping a map (which the error names), one map too many; anything, where there is no RAM.
     pub fn map(&self, map: IovaMapping) -> Result<(), MemoryError> {
         self.insert(map, false)
     }
@@ -107,51 +164,35 @@ impl AddressSpace {
     /// unmapped for all.
     pub fn leave(&self, map: &IovaMapping) {
         let mut maps = self.write_maps();
-        if maps.get(&map.iova) != Some(map) {
-            return;
+        let Some(entry) = maps.get_mut(&map.iova).filter(|entry| entry.map == *map) else { return };
+        match entry.others.checked_sub(1) {
+            Some(others) => entry.others = others,
+            None => drop(maps.remove(&map.iova)),
         }
-        let mut sharers = self.sharers();
-        match sharers.get_mut(&map.iova) {
-            Some(1) => {
-                sharers.remove(&map.iova);
-            }
-            Some(others) => *others -= 1,
-            None => {
-                maps.remove(&map.iova);
-            }
-        }
-    }
-
-    fn sharers(&self) -> MutexGuard<'_, BTreeMap<u64, u32>> {
-        self.sharers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn insert(&self, map: IovaMapping, joins: bool) -> Result<(), MemoryError> {
-        let IovaMapping { iova, length, ram_offset, .. } = map;
-        if length == 0 || [iova, length, ram_offset].iter().any(|value| !value.is_multiple_of(PAGE_SIZE)) {
-            return Err(MemoryError::Misaligned { iova, length, granule: PAGE_SIZE });
+        let Kind::Ram(ram) = &self.kind else { return Err(MemoryError::NoRam) };
+        let IovaMapping { length, ram_offset, .. } = map;
+        if !ram_offset.is_multiple_of(PAGE_SIZE) {
+            return Err(MemoryError::Misaligned { iova: map.iova, length, granule: PAGE_SIZE });
         }
-        let last = last_of(iova, length)?;
-        if ram_offset.checked_add(length).is_none_or(|end| end > self.ram.size()) {
-            return Err(MemoryError::OutsideRam { ram_offset, length, size: self.ram.size() });
-        }
-        if !map.read && !map.write {
-            return Err(MemoryError::NoAccess);
+        let last = check_map(&map)?;
+        if ram_offset.checked_add(length).is_none_or(|end| end > ram.size()) {
+            return Err(MemoryError::OutsideRam { ram_offset, length, size: ram.size() });
         }
         let mut maps = self.write_maps();
-        if let Some((_, before)) = maps.range(..=last).next_back()
-            && before.last() >= iova
-        {
-            if joins && *before == map {
-                *self.sharers().entry(iova).or_default() += 1;
+        if let Some(before) = last_before(&mut maps, map.iova, last) {
+            if joins && before.map == map {
+                before.others += 1;
                 return Ok(());
             }
-            return Err(MemoryError::Overlap { iova, length, existing: *before });
+            return Err(MemoryError::Overlap { iova: map.iova, length, existing: before.map });
         }
         if maps.len() >= MAPS_MAX {
             return Err(MemoryError::TooManyMaps);
         }
-        maps.insert(iova, map);
+        maps.insert(map.iova, Entry { map, others: 0, backing: Backing::Ram });
         Ok(())
     }
 
@@ -163,41 +204,46 @@ impl AddressSpace {
         }
         let last = last_of(iova, length)?;
         let mut maps = self.write_maps();
-        let inside: Vec<IovaMapping> = overlapping(&maps, iova, last).collect();
+        let inside: Vec<IovaMapping> = overlapping(&maps, iova, last).map(|entry| entry.map).collect();
         if let Some(cut) = inside.iter().find(|map| map.iova < iova || map.last() > last) {
             return Err(MemoryError::Cut { iova, length, existing: *cut });
         }
-        for map in &inside {
-            maps.remove(&map.iova);
-            self.sharers().remove(&map.iova);
+        let removed: Vec<Entry> = inside.iter().filter_map(|map| maps.remove(&map.iova)).collect();
+        drop(maps);
+        match &self.kind {
+            Kind::Ram(_) => {}
+            Kind::Clients(clients) => clients.retire(removed, &self.log)?,
         }
         Ok(inside)
     }
 
     /// Ascending.
     pub fn mappings(&self) -> Vec<IovaMapping> {
-        self.read_maps().values().copied().collect()
+        self.read_maps().values().map(|entry| entry.map).collect()
     }
 
-    /// Reads as a device would. The range may cross adjacent maps; when any byte of it cannot be read, none is.
+    /// Reads as a device would. The range may cross adjacent maps; when any byte of it cannot be read, none is. Where a
+    /// client takes its memory away meanwhile, or does not answer, some may have been.
     pub fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), MemoryError> {
+        let Kind::Ram(ram) = &self.kind else { return self.read_clients(iova, data) };
         let (pieces, result) = self.resolve(iova, data.len() as u64, Access::Read);
         result?;
         for piece in pieces.iter() {
             let part = &mut data[piece.at as usize..][..piece.length as usize];
-            self.ram.dma_mapping().read(piece.ram_offset, part)?;
+            ram.dma_mapping().read(piece.ram_offset, part)?;
         }
         Ok(())
     }
 
     /// Writes as a device would, and marks the pages dirty once the bytes are there. When any byte of the range cannot be
-    /// written, none is.
+    /// written, none is; as in [`Self::read`] for a client's memory, of which then all pages are marked.
     pub fn write(&self, iova: u64, data: &[u8]) -> Result<(), MemoryError> {
+        let Kind::Ram(ram) = &self.kind else { return self.write_clients(iova, data) };
         let (pieces, result) = self.resolve(iova, data.len() as u64, Access::Write);
         result?;
         for piece in pieces.iter() {
             let part = &data[piece.at as usize..][..piece.length as usize];
-            self.ram.dma_mapping().write(piece.ram_offset, part)?;
+            ram.dma_mapping().write(piece.ram_offset, part)?;
             self.log.mark_bytes(piece.ram_offset, piece.length)?;
         }
         Ok(())
@@ -248,12 +294,24 @@ impl AddressSpace {
         result
     }
 
-    /// Looks a range up: the parts that are mapped with this access, and an error when that is not all of it. The first
-    /// address that fails is the one that is named.
+    /// Looks a range up: the parts that are mapped with this access, and an error when that is not all of it.
     fn resolve(&self, iova: u64, length: u64, access: Access) -> (Pieces, Result<(), MemoryError>) {
         let mut pieces = Pieces::default();
+        let result = self.look_up(iova, length, access, |piece, _| pieces.push(piece));
+        (pieces, result)
+    }
+
+    /// Shows each part of a range that is mapped with this access, ascending, while the table is locked. An error when that is
+    /// not all of it: the first address that fails is the one that is named.
+    pub(super) fn look_up(
+        &self,
+        iova: u64,
+        length: u64,
+        access: Access,
+        mut found: impl FnMut(Piece, &Entry),
+    ) -> Result<(), MemoryError> {
         if length == 0 {
-            return (pieces, Ok(()));
+            return Ok(());
         }
         let (last, mut result) = match last_of(iova, length) {
             Ok(last) => (last, Ok(())),
@@ -261,7 +319,8 @@ impl AddressSpace {
         };
         let mut next = Some(iova);
         let maps = self.read_maps();
-        for map in overlapping(&maps, iova, last) {
+        for entry in overlapping(&maps, iova, last) {
+            let map = &entry.map;
             let (from, to) = (map.iova.max(iova), map.last().min(last));
             if next != Some(from) {
                 result = result.and(Err(MemoryError::Unmapped { iova: next.unwrap_or(from) }));
@@ -273,7 +332,7 @@ impl AddressSpace {
             };
             if allowed {
                 let ram_offset = map.ram_offset + (from - map.iova);
-                pieces.push(Piece { at: from - iova, ram_offset, length: to - from + 1 });
+                found(Piece { at: from - iova, ram_offset, length: to - from + 1 }, entry);
             } else {
                 result = result.and(Err(MemoryError::Denied { iova: from }));
             }
@@ -284,16 +343,31 @@ impl AddressSpace {
         {
             result = result.and(Err(MemoryError::Unmapped { iova: next }));
         }
-        (pieces, result)
+        result
     }
 
-    fn read_maps(&self) -> RwLockReadGuard<'_, BTreeMap<u64, IovaMapping>> {
+    pub(super) fn read_maps(&self) -> RwLockReadGuard<'_, Maps> {
         self.maps.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write_maps(&self) -> RwLockWriteGuard<'_, BTreeMap<u64, IovaMapping>> {
+    pub(super) fn write_maps(&self) -> RwLockWriteGuard<'_, Maps> {
         self.maps.write().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What every map must be. Its last address.
+pub(super) fn check_map(map: &IovaMapping) -> Result<u64, MemoryError> {
+    let IovaMapping { iova, length, .. } = *map;
+    if length == 0 || !iova.is_multiple_of(PAGE_SIZE) || !length.is_multiple_of(PAGE_SIZE) {
+        return Err(MemoryError::Misaligned { iova, length, granule: PAGE_SIZE });
+    }
+    let last = last_of(iova, length)?;
+    if map.read || map.write { Ok(last) } else { Err(MemoryError::NoAccess) }
+}
+
+/// The last map that shares an address with `iova ..= last`.
+pub(super) fn last_before(maps: &mut Maps, iova: u64, last: u64) -> Option<&mut Entry> {
+    maps.range_mut(..=last).next_back().map(|(_, entry)| entry).filter(|entry| entry.map.last() >= iova)
 }
 
 /// The last address of a range that is not empty.
@@ -302,9 +376,9 @@ fn last_of(iova: u64, length: u64) -> Result<u64, MemoryError> {
 }
 
 /// Maps that share an address with `iova ..= last`, ascending.
-fn overlapping(maps: &BTreeMap<u64, IovaMapping>, iova: u64, last: u64) -> impl Iterator<Item = IovaMapping> {
-    let begins_before = maps.range(..iova).next_back().filter(|(_, map)| map.last() >= iova);
-    begins_before.into_iter().chain(maps.range(iova..=last)).map(|(_, map)| *map)
+fn overlapping(maps: &Maps, iova: u64, last: u64) -> impl Iterator<Item = &Entry> {
+    let begins_before = maps.range(..iova).next_back().filter(|(_, entry)| entry.map.last() >= iova);
+    begins_before.into_iter().chain(maps.range(iova..=last)).map(|(_, entry)| entry)
 }
 
 fn check_report(iova: u64, length: u64, page_size: u64, bitmap: &[u64]) -> Result<(), MemoryError> {

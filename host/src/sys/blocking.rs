@@ -101,6 +101,7 @@ impl Blocker {
         let mut register = Register { range: addresses, mode: REGISTER_MODE_MISSING, ioctls: 0 };
         // SAFETY: size as above; the range is a live mapping that nobody touches yet.
         unsafe { ioctl(&self.fd, Updater::<REGISTER, Register>::new(&mut register)) }.map_err(unwound)?;
+        range.next_episode();
         // A failure leaves a covered or a lost range: the first may be covered again.
         range.move_here(stand_in, state)
     }
@@ -131,12 +132,41 @@ fn wake(fd: &OwnedFd, range: &Range) {
     }
 }
 
+/// Since when somebody waits, and in which episode. Whoever waited in an earlier one was let go by its end, and has come back if
+/// he waits now.
+#[derive(Debug)]
+struct Waiting {
+    at_most: Duration,
+    until: Option<(Instant, u64)>,
+}
+
+impl Waiting {
+    fn new(at_most: Duration) -> Self {
+        Self { at_most, until: None }
+    }
+
+    /// `begun`: since the last time a thread began to wait.
+    fn look(&mut self, now: Instant, begun: bool, episode: u64) {
+        self.until = self.until.filter(|(_, waited_in)| *waited_in == episode);
+        if begun && self.until.is_none() {
+            self.until = Some((now + self.at_most, episode));
+        }
+    }
+
+    fn is_over(&self, now: Instant, episode: u64) -> bool {
+        self.until.is_some_and(|(until, waited_in)| waited_in == episode && until <= now)
+    }
+
+    fn left(&self, now: Instant) -> Option<Duration> {
+        self.until.map(|(until, _)| until.saturating_duration_since(now).max(AGAIN))
+    }
+}
+
 /// The thread. Takes messages, so that moves go on; remembers since when somebody waits.
 fn watch(fd: &OwnedFd, stop: &EventFd, range: &Range, at_most: Duration) {
-    let mut until: Option<Instant> = None;
+    let mut waiting = Waiting::new(at_most);
     loop {
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()).max(AGAIN));
-        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+        let timeout = waiting.left(Instant::now()).and_then(|left| Timespec::try_from(left).ok());
         let mut fds = [PollFd::new(fd, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -148,17 +178,16 @@ fn watch(fd: &OwnedFd, stop: &EventFd, range: &Range, at_most: Duration) {
         if !fds[1].revents().is_empty() {
             return;
         }
-        if take_messages(fd) && until.is_none() {
-            until = Some(Instant::now() + at_most);
-        }
-        let Some(mut state) = until.and_then(|_| range.try_state()) else { continue };
+        let begun = take_messages(fd);
+        waiting.look(Instant::now(), begun, range.episode());
+        let Some(mut state) = waiting.until.and_then(|_| range.try_state()) else { continue };
         if *state != State::Blocking {
-            until = None;
-        } else if until.is_some_and(|until| until <= Instant::now()) {
+            waiting.until = None;
+        } else if waiting.is_over(Instant::now(), range.episode()) {
             match range.cover() {
                 Ok(()) => {
                     *state = State::Raising;
-                    until = None;
+                    waiting.until = None;
                     wake(fd, range);
                 }
                 Err(error) => tracing::warn!(%error, "ending the wait for a mapping"),
@@ -180,6 +209,26 @@ fn take_messages(fd: &OwnedFd) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// spec: MEMEN-6
+    #[test]
+    fn a_wait_is_measured_from_its_own_beginning_and_not_from_an_earlier_episodes() {
+        let begin = Instant::now();
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        let mut waiting = Waiting::new(Duration::from_secs(10));
+        assert_eq!((waiting.left(at(0)), waiting.is_over(at(99), 1)), (None, false));
+        waiting.look(at(0), true, 1);
+        waiting.look(at(4), true, 1);
+        assert_eq!(waiting.left(at(4)), Some(Duration::from_secs(6)), "the first one counts");
+        assert!(!waiting.is_over(at(9), 1) && waiting.is_over(at(10), 1) && waiting.is_over(at(11), 1));
+        assert_eq!(waiting.left(at(11)), Some(AGAIN));
+        // It ended, and began again, while nobody looked.
+        assert!(!waiting.is_over(at(10), 2));
+        waiting.look(at(9), true, 2);
+        assert!(!waiting.is_over(at(10), 2) && !waiting.is_over(at(18), 2) && waiting.is_over(at(19), 2));
+        waiting.look(at(20), false, 3);
+        assert_eq!(waiting.left(at(20)), None, "nobody waits");
+    }
 
     #[test]
     fn numbers_are_those_of_the_uapi() {

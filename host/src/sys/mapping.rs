@@ -4,11 +4,12 @@
 //! write it at any time: no Rust reference to its bytes exists.
 
 use std::mem::ManuallyDrop;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
+use rustix::io::Errno;
 
 /// A shared mapping of known length. Unmapped when dropped.
 #[derive(Debug)]
@@ -25,11 +26,30 @@ pub enum MappingError {
     Misaligned { offset: u64, length: u64 },
     #[error("mapping {length} bytes at file offset {offset:#x}")]
     Map { offset: u64, length: u64, source: std::io::Error },
+    /// Its file has been cut off, or has no memory for it
+    #[error("{length} bytes at {offset:#x} are not there any more: {errno}")]
+    Gone { offset: u64, length: u64, errno: Errno },
+    #[error("the client refused {length} bytes at {iova:#x}: {errno}")]
+    Client { iova: u64, length: u64, errno: Errno },
 }
 
 impl Mapping {
     /// Maps `length` bytes of `fd` at `offset`, shared, for reading and writing.
     pub fn new(fd: impl AsFd, offset: u64, length: u64) -> Result<Self, MappingError> {
+        Self::map(fd, offset, length, |options, fd| options.map_raw(fd))
+    }
+
+    /// As [`Self::new`], for reading only: a store through it would be a signal. [`Self::kernel_write`] fails instead.
+    pub fn read_only(fd: impl AsFd, offset: u64, length: u64) -> Result<Self, MappingError> {
+        Self::map(fd, offset, length, |options, fd| options.map_raw_read_only(fd))
+    }
+
+    fn map(
+        fd: impl AsFd,
+        offset: u64,
+        length: u64,
+        map: impl FnOnce(&MmapOptions, RawFd) -> std::io::Result<MmapRaw>,
+    ) -> Result<Self, MappingError> {
         let fail = |source| MappingError::Map { offset, length, source };
         let size = usize::try_from(length).map_err(|_| fail(std::io::ErrorKind::OutOfMemory.into()))?;
         if size == 0 {
@@ -37,7 +57,7 @@ impl Mapping {
         }
         // The length is always given: a character device without one maps zero bytes and reports success.
         let raw_fd = std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd());
-        let map = MmapOptions::new().len(size).offset(offset).map_raw(raw_fd).map_err(fail)?;
+        let map = map(MmapOptions::new().len(size).offset(offset), raw_fd).map_err(fail)?;
         Ok(Self { map })
     }
 
@@ -90,6 +110,41 @@ impl Mapping {
         // SAFETY: as in `read`.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), target, data.len()) };
         Ok(())
+    }
+
+    /// As [`Self::read`], by the kernel: where the file has been cut off, or has no memory, it is an error and no signal. It
+    /// costs a system call; on an error part of the bytes may have been copied.
+    pub fn kernel_read(&self, offset: u64, data: &mut [u8]) -> Result<(), MappingError> {
+        let length = data.len();
+        let remote = self.at(offset, length as u64)?;
+        let local = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: length };
+        let remote = libc::iovec { iov_base: remote.cast(), iov_len: length };
+        // SAFETY: the local side is `data`, which is ours for the call. The other is inside the mapping (`at`), only read, and
+        // no page of it that is missing is touched by anybody but the kernel.
+        let copied = unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+        Self::copied(offset, length, copied)
+    }
+
+    /// As [`Self::write`], by the kernel; see [`Self::kernel_read`].
+    pub fn kernel_write(&self, offset: u64, data: &[u8]) -> Result<(), MappingError> {
+        let length = data.len();
+        let remote = self.at(offset, length as u64)?;
+        let local = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: length };
+        let remote = libc::iovec { iov_base: remote.cast(), iov_len: length };
+        // SAFETY: the local side is `data`, which is only read. The other is inside the mapping (`at`), of which no Rust
+        // reference exists; the kernel refuses (EFAULT) what is not there or may not be written.
+        let copied = unsafe { libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+        Self::copied(offset, length, copied)
+    }
+
+    fn copied(offset: u64, length: usize, copied: isize) -> Result<(), MappingError> {
+        let errno = match usize::try_from(copied) {
+            Ok(copied) if copied == length => return Ok(()),
+            // The rest is not there.
+            Ok(_) => Errno::FAULT,
+            Err(_) => Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::FAULT),
+        };
+        Err(MappingError::Gone { offset, length: length as u64, errno })
     }
 
     /// Reads what `fd` has, at most `length` bytes, straight into the mapping, as `read(2)`: 0 is the end.

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 mod blocking;
+mod dma_memory;
 mod eventfd;
 mod ioctl;
 pub mod iommufd;
@@ -19,6 +20,7 @@ mod revocable;
 mod uffd;
 pub mod vfio;
 
+pub use dma_memory::{ClientAccess, DmaMemory};
 pub use eventfd::EventFd;
 pub use iospace::{IoMap, IoSpace};
 pub use mapping::{Mapping, MappingError};

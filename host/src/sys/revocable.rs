@@ -13,7 +13,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -78,6 +78,8 @@ pub(super) struct Range {
     state: Mutex<State>,
     /// The state is LIVE
     live: AtomicBool,
+    /// Times that it began to block: a wait is measured within one of them
+    episode: AtomicU64,
 }
 
 // SAFETY: `start` is an address of shared memory that this struct owns; it is only read and written volatile.
@@ -104,7 +106,7 @@ impl Revocable {
         }
         let (start, size) = sole(mapping)?;
         let (state, live) = (Mutex::new(State::Live), AtomicBool::new(true));
-        let range = Arc::new(Range { start, length, size, state, live });
+        let range = Arc::new(Range { start, length, size, state, live, episode: AtomicU64::new(0) });
         range.keep_from_children()?;
         let blocker = match faults {
             Faults::Raise => None,
@@ -297,6 +299,15 @@ impl Range {
             Err(std::sync::TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(std::sync::TryLockError::WouldBlock) => None,
         }
+    }
+
+    pub(super) fn episode(&self) -> u64 {
+        self.episode.load(Ordering::Relaxed)
+    }
+
+    /// Under the state's lock, whenever it begins to block.
+    pub(super) fn next_episode(&self) {
+        self.episode.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn start(&self) -> *mut u8 {

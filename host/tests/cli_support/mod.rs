@@ -72,7 +72,8 @@ impl Host {
 
     pub fn start_in(folder: tempfile::TempDir, arguments: &[&str]) -> Self {
         let (socket, state) = (folder.path().join("control.sock"), folder.path().join("state"));
-        let memory = if arguments.contains(&"--memory") { &[][..] } else { &["--memory", "4M"] };
+        let given = arguments.contains(&"--memory") || arguments.contains(&"--socket");
+        let memory = if given { &[][..] } else { &["--memory", "4M"] };
         let mut child = command(&["run", "--json"])
             .args(memory)
             .args(["--control".as_ref(), socket.as_os_str(), "--state-dir".as_ref(), state.as_os_str()])

@@ -159,7 +159,7 @@ impl Vm {
     }
 
     pub fn ram(&self) -> Vec<u8> {
-        let mapping = self.machine.memory().ram().mapping();
+        let mapping = self.machine.memory().ram().unwrap().mapping();
         let mut bytes = vec![0; mapping.len() as usize];
         mapping.read(0, &mut bytes).unwrap();
         bytes
@@ -169,7 +169,7 @@ impl Vm {
         if !thread.checkpoint() {
             return Ok(());
         }
-        let guest = Guest { ram: machine.memory().ram().mapping(), devices };
+        let guest = Guest { ram: machine.memory().ram().unwrap().mapping(), devices };
         guest.wake()?;
         while thread.checkpoint() {
             guest.step()?;
@@ -210,7 +210,7 @@ impl VmmPort for Vm {
             return self.machine.sync_cpu_dirt(log);
         }
         // A kernel that does not tell: the pages that the guest's program may store into.
-        let pages = self.machine.memory().ram().pages();
+        let pages = self.machine.memory().ram().unwrap().pages();
         crate::guest::cpu_pages(pages).for_each(|page| log.mark_pages(page, 1).unwrap());
         Ok(())
     }
@@ -264,7 +264,7 @@ impl Side {
     }
 
     fn guest(&self) -> Guest<'_> {
-        Guest { ram: self.vm().machine.memory().ram().mapping(), devices: &[] }
+        Guest { ram: self.vm().machine.memory().ram().unwrap().mapping(), devices: &[] }
     }
 
     pub fn steps(&self) -> u64 {
@@ -279,7 +279,7 @@ impl Side {
                 return;
             };
             let machine = &world.vm.get().unwrap().machine;
-            let guest = Guest { ram: machine.memory().ram().mapping(), devices: &[] };
+            let guest = Guest { ram: machine.memory().ram().unwrap().mapping(), devices: &[] };
             let before = guest.rungs();
             until("two DMAs", || guest.rungs() > before + 2);
         });

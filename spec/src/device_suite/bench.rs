@@ -119,7 +119,7 @@ impl<'a> Bench<'a> {
     /// `pages` pages of the bench's memory from `first`, at `iova`, for reading and writing.
     pub fn dma(&self, iova: u64, first: u64, pages: u64) -> DmaMap {
         let (offset, length) = (first * PAGE, pages * PAGE);
-        DmaMap { iova, length, memory: self.memory.clone(), offset, read: true, write: true }
+        DmaMap { iova, length, memory: self.memory.clone().into(), offset, read: true, write: true }
     }
 
     /// Runs `body` with all of the memory mapped at `iova`.

@@ -64,6 +64,10 @@ impl ServeConfig {
                         posted_writes";
             return Err(("posted_writes", what.to_owned()));
         }
+        if !self.share_device_fd && self.posted_writes == Some(false) {
+            let what = "clients post stores to a device that they cannot map: false needs share_device_fd = true";
+            return Err(("posted_writes", what.to_owned()));
+        }
         Ok(())
     }
 }

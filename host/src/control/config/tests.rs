@@ -217,3 +217,34 @@ fn a_missing_and_an_endless_file_are_named() {
     let endless = Draft::read(Path::new("/dev/zero")).unwrap_err();
     assert!(matches!(endless, ConfigError::TooLarge { .. }), "{endless}");
 }
+
+/// spec: VFU-93
+#[test]
+fn served_devices_have_a_socket_each_and_bring_no_memory() {
+    let config = parse("[[devices]]\ndevice = \"sim:edu\"\nsocket = \"edu.sock\"\nshare_device_fd = true").unwrap();
+    let config = config.finish().unwrap();
+    assert_eq!(config.memory, None);
+    let serve = config.devices[0].serve.as_ref().unwrap();
+    assert_eq!(serve.at, ServeAt::Path("/etc/edu.sock".into()));
+    assert!(serve.share_device_fd);
+    let inherited = parse("[[devices]]\ndevice = \"sim:edu\"\nsocket = \"fd:3\"").unwrap().finish().unwrap();
+    assert_eq!(inherited.devices[0].serve.as_ref().unwrap().at, ServeAt::Inherited(3));
+
+    let device = |more: &str| format!("[[devices]]\ndevice = \"sim:edu\"\n{more}\n");
+    let served = device("socket = \"a.sock\"");
+    for (text, word) in [
+        (format!("memory = \"4M\"\n{served}"), "memory: "),
+        (format!("{served}{}", device("")), "socket: sim:edu has none"),
+        (format!("{served}{served}"), "given twice"),
+        (format!("{served}[migration]\nlisten = \"127.0.0.1:7000\""), "listen: "),
+        (device("socket = \"fd:1\""), "fd:3"),
+        (device("socket = \"\""), "a path, or fd:N"),
+        (device(&format!("socket = \"{}\"", "x".repeat(200))), "at most 107"),
+        (device("share_device_fd = true"), "has no socket"),
+        (device("posted_writes = true"), "has no socket"),
+        (device("socket = \"a.sock\"\nposted_writes = false"), "share_device_fd"),
+        (device("socket = \"a.sock\"\nposted_writes = true\nshare_device_fd = true"), "choose one"),
+    ] {
+        assert!(complaint(&text).contains(word), "{text}: {}", complaint(&text));
+    }
+}

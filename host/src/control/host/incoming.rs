@@ -44,7 +44,9 @@ impl Host {
     /// A guest that comes finds its memory there.
     pub(super) fn populate(self: &Arc<Self>) {
         let Some(memory) = self.with_machine(|machine| Arc::clone(&machine.memory)) else { return };
-        if let Err(error) = memory.ram().populate(|| lock(&self.state).stopping) {
+        // Clients' memory is the clients' to make.
+        let Some(ram) = memory.ram() else { return };
+        if let Err(error) = ram.populate(|| lock(&self.state).stopping) {
             tracing::info!(%error, "guest memory is made as the guest comes");
         }
     }

@@ -155,7 +155,7 @@ impl Host {
         let listener = config.listen.map(incoming::listen).transpose()?;
         let here = listener.is_none();
         let (devices, memory) = (machine.devices.clone(), Arc::clone(&machine.memory));
-        let pages = memory.ram().pages();
+        let pages = memory.ram().map_or(0, |ram| ram.pages());
         let mediated = Arc::new(MediatedHost::new(devices, memory, Arc::clone(&vmm), listener.is_some()));
         let state = State {
             guest: if here { Guest::Here } else { Guest::Awaited },

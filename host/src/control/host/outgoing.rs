@@ -106,7 +106,10 @@ impl Host {
                     return Err(Failure::new(FailureCode::InDoubt, what));
                 }
             }
-            let mediated = state.mediated.clone().ok_or_else(|| Failure::refused("the host is stopping"))?;
+            let mediated = state
+                .mediated
+                .clone()
+                .ok_or_else(|| Failure::refused("the host is stopping, or lets go of a device"))?;
             state.job = Some(Arc::clone(&job));
             state.cancel = Arc::default();
             mediated

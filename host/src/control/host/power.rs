@@ -12,6 +12,8 @@ use crate::mediation::{MediatedDevice, MediationError, Notice, Remedy};
 use crate::migration::driver::MediatedHost;
 use crate::sys::EventFd;
 
+/// Between two tries to let go of a device that somebody has alone.
+const RELEASE_PAUSE: Duration = Duration::from_millis(500);
 /// A migration that was cancelled may take so long to end before a device is let go under it.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -86,32 +88,42 @@ impl Host {
     /// Whoever embeds the host and holds it too closes it by letting go.
     fn release(&self, device: Arc<MediatedDevice>) {
         let name = device.identity().name.clone();
-        self.await_no_migration(Instant::now() + RELEASE_PATIENCE);
-        device.let_go();
+        let before = self.await_no_migration(Instant::now() + RELEASE_PATIENCE);
+        // A client that waits for the device, or for which it waits, is gone first.
         self.stop_serving(Some(&device));
+        while let Err(error) = device.let_go() {
+            tracing::warn!(device = name, %error, "it is wanted back, and not let go yet");
+            if device.has_failed() || self.waits_to_stop(RELEASE_PAUSE) {
+                break;
+            }
+        }
         if let Some(machine) = &mut *lock(&self.machine) {
             machine.devices.retain(|other| !Arc::ptr_eq(other, &device));
         }
-        let before = {
+        {
             let mut state = lock(&self.state);
             state.released.push(name.clone());
-            let rest = state.mediated.as_ref().map(|all| Arc::new(MediatedHost::without(all, &device)));
-            std::mem::replace(&mut state.mediated, rest)
-        };
+            // A host that ended meanwhile holds nothing.
+            if !state.stopping {
+                state.mediated = before.as_ref().map(|all| Arc::new(MediatedHost::without(all, &device)));
+            }
+        }
         drop(before);
         drop(device);
         tracing::warn!(device = name, "released: the kernel wanted it back");
         self.embedder.device_released(&name);
     }
 
-    /// Past its commit point a migration is not undone, and is not long either.
-    fn await_no_migration(&self, deadline: Instant) {
+    /// Past its commit point a migration is not undone, and is not long either. What is returned is what a migration needs: none
+    /// begins before it is back.
+    fn await_no_migration(&self, deadline: Instant) -> Option<Arc<MediatedHost>> {
         let mut state = lock(&self.state);
         while state.job.is_some() && Instant::now() < deadline {
             state.cancel.cancel();
             let left = deadline.saturating_duration_since(Instant::now());
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+        state.mediated.take()
     }
 
     /// Devices that the kernel wanted back, and has.

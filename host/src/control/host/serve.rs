@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 
 use super::{Host, StartError, lock};
 use crate::control::config::{ServeAt, ServeConfig};
+use crate::control::machine::MachineError;
 use crate::frontend::vfio_user::backend::Options;
 use crate::frontend::vfio_user::server::{Clients, ListenError, Listener, Server};
 use crate::mediation::MediatedDevice;
@@ -86,6 +87,10 @@ impl Host {
 }
 
 fn start(device: &Arc<MediatedDevice>, serve: &ServeConfig) -> Result<Serving, StartError> {
+    if serve.share_device_fd {
+        let device_name = device.identity().name.clone();
+        device.check_shareable().map_err(|source| MachineError::Mediation { device: device_name, source })?;
+    }
     let listener = match &serve.at {
         ServeAt::Path(path) => Listener::bind(path)?,
         ServeAt::Inherited(number) => {

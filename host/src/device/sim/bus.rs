@@ -1,8 +1,8 @@
 //! What every model shares: who it is, whether it still lives, and its side of the PCI bus.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard};
 
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::{
@@ -10,7 +10,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use super::config::{COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_MEMORY, Ids, PciConfig, SIZE};
-use super::dma::{DmaFault, DmaFaultKind, DmaSpace, Transfer};
+use super::dma::{Ask, DmaFaultKind, DmaSpace, Transfer};
 use super::irq::Irqs;
 use super::power::{PowerModel, Resumed, Touch, Watch};
 use super::{Fault, FaultPlan, Sleep, Time};
@@ -162,20 +162,33 @@ impl Bus {
         Ok(())
     }
 
-    /// DMA, if the device is a bus master; otherwise a fault.
-    pub(super) fn transfer(&mut self, iova: u64, bytes: Transfer<'_>) -> Vec<(u64, u64)> {
+    /// Goes on with a DMA, as [`DmaSpace::advance`], if the device is a bus master; otherwise the rest of it is a fault.
+    pub(super) fn advance(&mut self, transfer: &mut Transfer) -> Option<Ask> {
         let suspended = self.power.is_suspended();
-        if self.config.command() & COMMAND_BUS_MASTER != 0 && !suspended {
-            return self.dma.transfer(iova, bytes);
-        }
-        let kind = if suspended { DmaFaultKind::Suspended } else { DmaFaultKind::BusMasterOff };
-        let (length, write) = match bytes {
-            Transfer::FromMemory(data) => (data.len(), false),
-            Transfer::ToMemory(data) => (data.len(), true),
+        let master = self.config.command() & COMMAND_BUS_MASTER != 0;
+        let stopped = match (suspended, master) {
+            (true, _) => Some(DmaFaultKind::Suspended),
+            (false, false) => Some(DmaFaultKind::BusMasterOff),
+            (false, true) => None,
         };
-        self.dma.fault(DmaFault { kind, iova, length: length as u64, write });
-        Vec::new()
+        self.dma.advance(transfer, stopped)
     }
+}
+
+/// A DMA from begin to end, of a model whose lock the caller holds: it is let go while a client is asked, and taken again.
+pub(super) fn transfer<'a, T>(
+    mut state: MutexGuard<'a, T>,
+    lock: impl Fn() -> MutexGuard<'a, T>,
+    bus: impl Fn(&mut T) -> &mut Bus,
+    transfer: &mut Transfer,
+) -> MutexGuard<'a, T> {
+    while let Some(ask) = bus(&mut state).advance(transfer) {
+        drop(state);
+        let moved = ask.perform(transfer);
+        state = lock();
+        bus(&mut state).dma.answered(transfer, &ask, moved);
+    }
+    state
 }
 
 /// A region that only reads and writes; `None` beyond the last index of a PCI device without VGA.

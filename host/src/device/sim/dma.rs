@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use rustix::io::Errno;
 
 use crate::device::DmaMap;
+use crate::sys::DmaMemory;
 
 const PAGE_SIZE: u64 = 4096;
 /// Faults that are kept; counting goes on beyond it.
@@ -25,7 +26,7 @@ pub enum DmaFaultKind {
     OutsideBuffer,
 }
 
-/// A transfer that an IOMMU, or the device itself, refused. No byte of it moved.
+/// A transfer that an IOMMU, or the device itself, refused. No byte of it moved, unless its memory went away meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DmaFault {
     pub kind: DmaFaultKind,
@@ -42,10 +43,73 @@ pub(super) struct DmaSpace {
     faults: Vec<DmaFault>,
 }
 
-/// Bytes that a device moves: into its own buffer, or out of it.
-pub(super) enum Transfer<'a> {
-    FromMemory(&'a mut [u8]),
-    ToMemory(&'a [u8]),
+/// Bytes that a device moves, out of memory or into it. A part of it that lies with a client waits for him: it is moved
+/// ([`Ask::perform`]) while the model is not locked.
+#[derive(Debug)]
+pub(super) struct Transfer {
+    iova: u64,
+    data: Vec<u8>,
+    /// To memory
+    write: bool,
+    done: usize,
+    /// What was written: iova and length
+    written: Vec<(u64, u64)>,
+}
+
+/// A part that waits for somebody.
+#[derive(Debug)]
+pub(super) struct Ask {
+    memory: DmaMemory,
+    /// In `memory`
+    offset: u64,
+    length: usize,
+}
+
+impl Transfer {
+    /// Reads into what it is given, as far as there is something to read.
+    pub(super) fn from_memory(iova: u64, data: Vec<u8>) -> Self {
+        Self { iova, data, write: false, done: 0, written: Vec::new() }
+    }
+
+    pub(super) fn to_memory(iova: u64, data: Vec<u8>) -> Self {
+        Self { write: true, ..Self::from_memory(iova, data) }
+    }
+
+    pub(super) fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    pub(super) fn written(&self) -> &[(u64, u64)] {
+        &self.written
+    }
+
+    /// Where it is. The bus wraps at 2^64, and so does a device's address counter.
+    fn at(&self) -> u64 {
+        self.iova.wrapping_add(self.done as u64)
+    }
+
+    fn left(&self) -> u64 {
+        (self.data.len() - self.done) as u64
+    }
+
+    fn copy(&mut self, memory: &DmaMemory, offset: u64, length: usize) -> Result<(), DmaFaultKind> {
+        let part = &mut self.data[self.done..self.done + length];
+        let copied = if self.write { memory.write(offset, part) } else { memory.read(offset, part) };
+        if copied.is_err() && self.write {
+            // Nobody knows how much of it was.
+            self.written.push((self.at(), length as u64));
+        }
+        // Where the memory went away it is as if it were unmapped.
+        copied.map_err(|_| DmaFaultKind::Unmapped)
+    }
+}
+
+impl Ask {
+    /// Under no lock.
+    pub(super) fn perform(&self, transfer: &mut Transfer) -> Result<(), DmaFaultKind> {
+        crate::lock_order::calling_out();
+        transfer.copy(&self.memory, self.offset, self.length)
+    }
 }
 
 impl DmaSpace {
@@ -76,46 +140,51 @@ impl DmaSpace {
         Ok(())
     }
 
-    /// Moves bytes at `iova`. Parts that are not mapped are recorded and skipped; the others move, in ascending order.
-    /// Returns the ranges (iova, length) that were written.
-    pub(super) fn transfer(&mut self, iova: u64, mut bytes: Transfer<'_>) -> Vec<(u64, u64)> {
-        let (length, write) = match &bytes {
-            Transfer::FromMemory(data) => (data.len() as u64, false),
-            Transfer::ToMemory(data) => (data.len() as u64, true),
-        };
-        let mut written = Vec::new();
-        let mut done = 0;
-        while done < length {
-            // The bus wraps at 2^64, and so does a device's address counter.
-            let at = iova.wrapping_add(done);
-            let left = length - done;
+    /// Goes on with a transfer until it is done, or somebody has to be asked: then [`Self::answered`] takes the answer. Parts
+    /// that are not mapped are recorded and skipped; the others move, in ascending order. `stopped`: the device may not use the bus.
+    pub(super) fn advance(&mut self, transfer: &mut Transfer, stopped: Option<DmaFaultKind>) -> Option<Ask> {
+        if let Some(kind) = stopped {
+            let length = transfer.left();
+            self.moved(transfer, length as usize, Err(kind));
+            return None;
+        }
+        while transfer.left() > 0 {
+            let (at, left) = (transfer.at(), transfer.left());
             let found = self.maps.range(..=at).next_back().map(|(_, map)| map).filter(|map| last_of(map) >= at);
             let part = match found {
-                Some(map) => left.min(last_of(map) - at + 1),
+                Some(map) => left.min((last_of(map) - at).saturating_add(1)),
                 None => left.min(self.maps.range(at..).next().map_or(left, |(next, _)| next - at)),
-            };
-            let range = done as usize..(done + part) as usize;
-            let moved = match (found, &mut bytes) {
-                (None, _) => Err(DmaFaultKind::Unmapped),
-                (Some(map), Transfer::FromMemory(_)) if !map.read => Err(DmaFaultKind::Denied),
-                (Some(map), Transfer::ToMemory(_)) if !map.write => Err(DmaFaultKind::Denied),
-                (Some(map), Transfer::FromMemory(data)) => {
-                    let moved = map.memory.read(map.offset + (at - map.iova), &mut data[range]);
-                    moved.map_err(|_| DmaFaultKind::Unmapped)
-                }
-                (Some(map), Transfer::ToMemory(data)) => {
-                    let moved = map.memory.write(map.offset + (at - map.iova), &data[range]);
-                    moved.map_err(|_| DmaFaultKind::Unmapped)
+            } as usize;
+            let moved = match found {
+                None => Err(DmaFaultKind::Unmapped),
+                Some(map) if !(if transfer.write { map.write } else { map.read }) => Err(DmaFaultKind::Denied),
+                Some(map) => {
+                    let offset = map.offset + (at - map.iova);
+                    if map.memory.waits() {
+                        return Some(Ask { memory: map.memory.clone(), offset, length: part });
+                    }
+                    transfer.copy(&map.memory, offset, part)
                 }
             };
-            match moved {
-                Ok(()) if write => written.push((at, part)),
-                Ok(()) => {}
-                Err(kind) => self.fault(DmaFault { kind, iova: at, length: part, write }),
-            }
-            done += part;
+            self.moved(transfer, part, moved);
         }
-        written
+        None
+    }
+
+    /// What became of the next `length` bytes.
+    fn moved(&mut self, transfer: &mut Transfer, length: usize, moved: Result<(), DmaFaultKind>) {
+        let (iova, bytes, write) = (transfer.at(), length as u64, transfer.write);
+        match moved {
+            Ok(()) if write => transfer.written.push((iova, bytes)),
+            Ok(()) => {}
+            Err(kind) => self.fault(DmaFault { kind, iova, length: bytes, write }),
+        }
+        transfer.done += length;
+    }
+
+    /// The answer to what [`Self::advance`] wanted to ask.
+    pub(super) fn answered(&mut self, transfer: &mut Transfer, ask: &Ask, moved: Result<(), DmaFaultKind>) {
+        self.moved(transfer, ask.length, moved);
     }
 
     pub(super) fn fault(&mut self, fault: DmaFault) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FLAGS_PCI, VFIO_PCI_NUM_REGIONS};
 
-use super::bus::{Bus, Function, plain_region};
+use super::bus::{self, Bus, Function, plain_region};
 use super::clock::{Alarm, Tick, Time};
 use super::config::{Ids, PciConfig, SIZE};
 use super::dma::{DmaFault, DmaFaultKind, Transfer};
@@ -82,6 +82,8 @@ struct Inner {
 struct State {
     bus: Bus,
     model: Model,
+    /// How often power was lost
+    powered: u64,
 }
 
 impl Edu {
@@ -89,7 +91,8 @@ impl Edu {
     pub fn new(options: EduOptions) -> Result<Arc<Self>> {
         let config = PciConfig::new(IDS, &BARS);
         let function = Function::new(options.name, IDS, &config, options.time, options.faults);
-        let state = Mutex::new(State { bus: Bus::new(config, Irqs::new(1), options.sleep), model: Model::new() });
+        let state =
+            Mutex::new(State { bus: Bus::new(config, Irqs::new(1), options.sleep), model: Model::new(), powered: 0 });
         let inner = Arc::new(Inner { function, dma_mask: options.dma_mask, state });
         let target: Arc<dyn Tick> = Arc::clone(&inner) as _;
         let alarm = Alarm::new(&inner.function.time, "sim-edu", target)
@@ -146,6 +149,7 @@ impl State {
     /// Without power the registers were lost, and with them what the device was at.
     fn woke(&mut self, power_lost: bool) {
         if power_lost {
+            self.powered += 1;
             self.model = Model::new();
             self.bus.irqs.set_level(false);
         }
@@ -160,27 +164,38 @@ impl State {
             Effect::Lower | Effect::None => {}
         }
     }
+}
 
-    /// The bytes, then the run bit, then the interrupt.
-    fn finish_dma(&mut self, mask: u64, now: Duration) {
-        let Some(dma) = self.model.due_dma(now) else { return };
-        let iova = dma.iova & mask;
+impl Inner {
+    /// The bytes, then the run bit, then the interrupt. The engine is busy meanwhile; power that is lost ends its work.
+    fn finish_dma(&self, now: Duration) {
+        let mut state = self.state();
+        let Some(dma) = state.model.take_due_dma(now) else { return };
+        let (iova, powered) = (dma.iova & self.dma_mask, state.powered);
         match dma.buffer_range() {
-            Some(range) if dma.to_memory => {
-                self.bus.transfer(iova, Transfer::ToMemory(&self.model.buffer[range]));
-            }
             Some(range) => {
-                self.bus.transfer(iova, Transfer::FromMemory(&mut self.model.buffer[range]));
+                let data = state.model.buffer[range.clone()].to_vec();
+                let mut transfer = match dma.to_memory {
+                    true => Transfer::to_memory(iova, data),
+                    false => Transfer::from_memory(iova, data),
+                };
+                state = bus::transfer(state, || self.state(), |state| &mut state.bus, &mut transfer);
+                if state.powered != powered {
+                    return;
+                }
+                if !dma.to_memory {
+                    state.model.buffer[range].copy_from_slice(transfer.data());
+                }
             }
-            None => self.bus.dma.fault(DmaFault {
+            None => state.bus.dma.fault(DmaFault {
                 kind: DmaFaultKind::OutsideBuffer,
                 iova: dma.local,
                 length: dma.count,
                 write: dma.to_memory,
             }),
         }
-        let effect = self.model.finish_dma();
-        self.apply(effect);
+        let effect = state.model.finish_dma();
+        state.apply(effect);
     }
 }
 
@@ -193,7 +208,8 @@ impl Tick for Inner {
         let mut state = self.state();
         let effect = state.model.finish_factorial(now);
         state.apply(effect);
-        state.finish_dma(self.dma_mask, now);
+        drop(state);
+        self.finish_dma(now);
     }
 }
 

@@ -157,9 +157,9 @@ impl Model {
         if self.status & STATUS_IRQ_WHEN_DONE != 0 { self.raise(IRQ_FACTORIAL) } else { Effect::None }
     }
 
-    /// The transfer that is due, which the caller performs before [`Self::finish_dma`].
-    pub(super) fn due_dma(&self, now: Duration) -> Option<Dma> {
-        self.dma_due.filter(|due| *due <= now)?;
+    /// The transfer that is due, once: the caller performs it before [`Self::finish_dma`], and the engine is busy so long.
+    pub(super) fn take_due_dma(&mut self, now: Duration) -> Option<Dma> {
+        self.dma_due.take_if(|due| *due <= now)?;
         let to_memory = self.command & COMMAND_TO_MEMORY != 0;
         let (iova, local) = if to_memory { (self.destination, self.source) } else { (self.source, self.destination) };
         Some(Dma { to_memory, iova, local, count: self.count })

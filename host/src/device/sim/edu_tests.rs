@@ -40,7 +40,7 @@ fn rig_with(dma_mask: u64) -> Rig {
 impl Rig {
     fn map(&self, iova: u64, offset: u64, length: u64, read: bool, write: bool) -> Result<()> {
         let memory = Arc::clone(&self.memory);
-        self.edu.dma_map(&DmaMap { iova, length, memory, offset, read, write })
+        self.edu.dma_map(&DmaMap { iova, length, memory: memory.into(), offset, read, write })
     }
 
     fn r4(&self, offset: u64) -> u32 {
@@ -482,7 +482,14 @@ fn a_virtual_clock_performs_events_in_the_order_of_their_time() {
             let time = Time::Virtual(Arc::clone(&clock));
             let edu = Edu::new(EduOptions { time, ..EduOptions::default() }).unwrap();
             edu.region_write(CONFIG_REGION, 4, &[0x06, 0x00]).unwrap();
-            let map = DmaMap { iova: 0, length: PAGE, memory: Arc::clone(&memory), offset: 0, read: true, write: true };
+            let map = DmaMap {
+                iova: 0,
+                length: PAGE,
+                memory: Arc::clone(&memory).into(),
+                offset: 0,
+                read: true,
+                write: true,
+            };
             edu.dma_map(&map).unwrap();
             edu
         })

@@ -129,7 +129,9 @@ fn a_suspended_model_counts_every_access_and_does_no_dma() {
             .unwrap();
     let file = memfd("power", 4096, Seal::Size).unwrap();
     let memory = Arc::new(Mapping::new(&file, 0, 4096).unwrap());
-    device.dma_map(&DmaMap { iova: 0, length: 4096, memory, offset: 0, read: true, write: true }).unwrap();
+    device
+        .dma_map(&DmaMap { iova: 0, length: 4096, memory: memory.into(), offset: 0, read: true, write: true })
+        .unwrap();
     device.region_write(CONFIG_REGION, 4, &6_u16.to_le_bytes()).unwrap();
     for (register, value) in [(0x80, 0x40000_u64), (0x88, 0), (0x90, 64), (0x98, 3)] {
         device.region_write(0, register, &value.to_le_bytes()).unwrap();

@@ -1,6 +1,6 @@
 //! A device with native migration v2 and DMA logging, as a variant driver gives them.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
@@ -9,7 +9,7 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_mediate_sdk::state::{DeviceState, MigrationFlags, path};
 
-use super::bus::{Bus, Function, plain_region};
+use super::bus::{self, Bus, Function, plain_region};
 use super::clock::Time;
 use super::config::{Ids, PciConfig, SIZE};
 use super::dma::{DmaFault, Transfer};
@@ -186,6 +186,20 @@ impl Stateful {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Performs kept doorbells. The lock is let go while a client is asked.
+    fn perform_doorbells<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        while let Some(mut transfer) = state.next_doorbell() {
+            state = bus::transfer(state, || self.state(), |state| &mut state.bus, &mut transfer);
+            if let Some(log) = &mut state.log {
+                transfer.written().iter().for_each(|(iova, length)| log.mark(*iova, *length));
+            }
+            if state.registers.irq_enable != 0 {
+                state.bus.irqs.send_msi(0);
+            }
+        }
+        state
+    }
+
     fn check_bar(&self, index: u32, offset: u64, length: usize) -> Result<()> {
         let bar = BARS.iter().find(|(bar, _)| *bar == index as usize);
         let (_, size) = bar.ok_or_else(|| self.function.refused(format!("access to region {index}"), Errno::INVAL))?;
@@ -263,24 +277,16 @@ impl State {
         self.device_state.is_running()
     }
 
-    /// Performs kept doorbells, if the device may use the bus now.
-    fn perform_doorbells(&mut self) {
-        if !matches!(self.device_state, DeviceState::Running | DeviceState::PreCopy) {
-            return;
+    /// The next kept doorbell, if there is one and the device may use the bus now.
+    fn next_doorbell(&mut self) -> Option<Transfer> {
+        if !matches!(self.device_state, DeviceState::Running | DeviceState::PreCopy) || self.registers.pending == 0 {
+            return None;
         }
-        while self.registers.pending > 0 {
-            self.registers.pending -= 1;
-            self.registers.doorbells = self.registers.doorbells.wrapping_add(1);
-            let word = regs::word(self.registers.pattern, self.registers.doorbells);
-            let bytes: Vec<u8> = word.to_le_bytes().into_iter().cycle().take(self.registers.length as usize).collect();
-            let written = self.bus.transfer(self.registers.target, Transfer::ToMemory(&bytes));
-            if let Some(log) = &mut self.log {
-                written.into_iter().for_each(|(iova, length)| log.mark(iova, length));
-            }
-            if self.registers.irq_enable != 0 {
-                self.bus.irqs.send_msi(0);
-            }
-        }
+        self.registers.pending -= 1;
+        self.registers.doorbells = self.registers.doorbells.wrapping_add(1);
+        let word = regs::word(self.registers.pattern, self.registers.doorbells);
+        let bytes = word.to_le_bytes().into_iter().cycle().take(self.registers.length as usize).collect();
+        Some(Transfer::to_memory(self.registers.target, bytes))
     }
 
     /// One arc of the state machine.
@@ -309,7 +315,6 @@ impl State {
             _ => {}
         }
         self.device_state = to;
-        self.perform_doorbells();
         Ok(())
     }
 
@@ -390,7 +395,7 @@ impl Device for Stateful {
             let width = part.len();
             value[..width].copy_from_slice(&data[part]);
             if state.registers.write(at, width, u64::from_le_bytes(value)) {
-                state.perform_doorbells();
+                state = self.perform_doorbells(state);
             }
         }
         Ok(())
@@ -408,6 +413,10 @@ impl Device for Stateful {
         }
         let mapping = Mapping::new(&self.memory_fd, offset, length);
         Ok(Arc::new(mapping.map_err(|_| self.function.failed(what(), Errno::NOMEM))?))
+    }
+
+    fn region_file(&self, index: u32) -> Option<(BorrowedFd<'_>, u64)> {
+        (index == MEMORY_BAR).then(|| (self.memory_fd.as_fd(), 0))
     }
 
     fn set_irqs(&self, request: &IrqSet<'_>) -> Result<()> {
@@ -504,6 +513,7 @@ impl NativeMigration for Stateful {
             let mut state = self.state();
             let from = state.device_state;
             state.arc(to, &self.memory).map_err(|errno| self.function.failed(format!("{from} to {to}"), errno))?;
+            drop(self.perform_doorbells(state));
         }
         Ok(())
     }

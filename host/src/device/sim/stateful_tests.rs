@@ -23,7 +23,7 @@ fn rig() -> Rig {
     let fd = memfd("stateful-test", 64 * PAGE_SIZE, Seal::Size).unwrap();
     let ram = Arc::new(Mapping::new(&fd, 0, 64 * PAGE_SIZE).unwrap());
     let (length, memory) = (64 * PAGE_SIZE, Arc::clone(&ram));
-    device.dma_map(&DmaMap { iova: IOVA, length, memory, offset: 0, read: true, write: true }).unwrap();
+    device.dma_map(&DmaMap { iova: IOVA, length, memory: memory.into(), offset: 0, read: true, write: true }).unwrap();
     device.region_write(CONFIG_REGION, 4, &[0x06, 0]).unwrap();
     Rig { device, ram, faults }
 }

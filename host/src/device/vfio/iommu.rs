@@ -55,6 +55,8 @@ struct Group {
     devices: u32,
     /// That knows it; one VM at a time
     vm: Option<kvm::Handle>,
+    /// Devices that were opened for it
+    of_vm: u32,
 }
 
 /// Another device of the group is this VM's, or nobody's.
@@ -69,6 +71,8 @@ fn is_of(group: &Group, vm: Option<&kvm::Handle>) -> bool {
 #[derive(Debug)]
 pub(super) struct Membership {
     kvm: Option<kvm::Reference>,
+    /// That the device was opened for
+    vm: Option<kvm::Handle>,
     iommu: Arc<Iommu>,
     user: u64,
     group: Option<u32>,
@@ -114,9 +118,10 @@ impl Iommu {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn member(self: &Arc<Self>, group: Option<u32>, device_id: Option<u32>) -> Membership {
+    fn member(self: &Arc<Self>, group: Option<u32>, device_id: Option<u32>, vm: Option<&kvm::Handle>) -> Membership {
         Membership {
             kvm: None,
+            vm: vm.cloned(),
             iommu: self.clone(),
             user: self.next_user.fetch_add(1, Ordering::Relaxed),
             group,
@@ -161,11 +166,17 @@ impl Iommu {
         }
         let group = match groups.remove(&number) {
             Some(group) => group,
-            None => Group { fd: Arc::new(self.join(number, node, unviable)?), devices: 0, vm: None },
+            None => Group { fd: Arc::new(self.join(number, node, unviable)?), devices: 0, vm: None, of_vm: 0 },
         };
         let fd = Arc::clone(&group.fd);
-        groups.insert(number, Group { devices: group.devices + 1, vm: vm.cloned().or(group.vm), ..group });
-        Ok((fd, self.member(Some(number), None)))
+        let (vm_now, of_vm) = match (vm, group.vm) {
+            (Some(ours), Some(theirs)) if theirs.is_same_vm(ours) => (Some(theirs), group.of_vm + 1),
+            (Some(ours), _) => (Some(ours.clone()), 1),
+            (None, theirs) => (theirs, group.of_vm),
+        };
+        groups.insert(number, Group { fd: group.fd, devices: group.devices + 1, vm: vm_now, of_vm });
+        drop(groups);
+        Ok((fd, self.member(Some(number), None, vm)))
     }
 
     fn join(&self, number: u32, node: &Path, unviable: impl FnOnce() -> String) -> Result<OwnedFd, IommuError> {
@@ -204,19 +215,28 @@ impl Iommu {
             because(self.kernel.attach(device.as_fd(), &self.space), || "attaching to the address space".to_owned())?;
             Ok(device_id)
         })?;
-        let mut membership = self.member(None, Some(device_id));
+        let mut membership = self.member(None, Some(device_id), None);
         membership.kvm = reference;
         Ok((device, membership))
     }
 
-    fn leave_group(&self, number: u32) {
+    fn leave_group(&self, number: u32, vm: Option<&kvm::Handle>) {
         let mut groups = self.groups();
+        let mut unknown = None;
         if let Some(group) = groups.get_mut(&number) {
             group.devices -= 1;
+            if vm.zip(group.vm.as_ref()).is_some_and(|(ours, theirs)| theirs.is_same_vm(ours)) {
+                group.of_vm -= 1;
+                if group.of_vm == 0 {
+                    unknown = group.vm.take();
+                }
+            }
             if group.devices == 0 {
                 groups.remove(&number);
             }
         }
+        drop(groups);
+        drop(unknown);
     }
 }
 
@@ -272,7 +292,7 @@ impl Drop for Membership {
             tracing::error!(%errno, "unmapping a closed device's memory; it stays referenced until the VM's I/O space is closed");
         }
         if let Some(group) = self.group {
-            self.iommu.leave_group(group);
+            self.iommu.leave_group(group, self.vm.as_ref());
         }
     }
 }

@@ -283,6 +283,13 @@ impl Device for VfioDevice {
         Ok(())
     }
 
+    /// The device's own: for whoever is trusted like this process.
+    fn region_file(&self, index: u32) -> Option<(BorrowedFd<'_>, u64)> {
+        let region = self.region(index).ok()?;
+        let mappable = region.info.flags & VFIO_REGION_INFO_FLAG_MMAP != 0;
+        mappable.then(|| (self.fd.as_fd(), region.offset))
+    }
+
     /// A mapping keeps the device open in the kernel after this object is gone: drop it first, or the device and its group
     /// stay busy.
     fn region_map(&self, index: u32, offset: u64, length: u64) -> Result<Arc<Mapping>> {
@@ -349,7 +356,11 @@ impl Device for VfioDevice {
     }
 
     fn dma_map(&self, map: &DmaMap) -> Result<()> {
-        let DmaMap { iova, length, memory, offset, read, write } = map.clone();
+        let DmaMap { iova, length, offset, read, write, .. } = *map;
+        let Some(memory) = map.memory.mapping().cloned() else {
+            let what = format!("DMA map of {length:#x} bytes at {iova:#x} that only messages reach");
+            return Err(DeviceError::refused(&self.identity.name, what, Errno::OPNOTSUPP));
+        };
         self.membership
             .map(&IoMap { iova, length, memory, offset, read, write })
             .map_err(|errno| self.error(dma_text("DMA map", iova, length, errno), errno))

@@ -297,6 +297,25 @@ fn a_group_is_known_to_one_vm(how: How) {
     bench.assert_closed("closing");
 }
 
+/// An open that failed, or has been closed, leaves nothing of its VM on a group that others hold open.
+fn a_group_forgets_a_vm_that_has_no_device_of_it(how: How) {
+    let (bench, vm) = Bench::new(how);
+    let other_kvm = SimKvm::new();
+    let other_vm = Vm::over(other_kvm.files());
+    let nobodys = bench.open(None).unwrap();
+    close(bench.open(Some(&vm.handle())).unwrap());
+    bench.steps.fail_at(0);
+    bench.open(Some(&vm.handle())).unwrap_err();
+    close(bench.open(Some(&other_vm.handle())).unwrap());
+    let ours = bench.open(Some(&vm.handle())).unwrap();
+    if matches!(how, How::Group) {
+        assert_eq!(bench.open(Some(&other_vm.handle())).unwrap_err().errno, Errno::INVAL);
+    }
+    close(ours);
+    close(nobodys);
+    bench.assert_closed("closing");
+}
+
 const SUITE: &[fn(How)] = &[
     kvm_knows_the_file_before_the_device_is_opened,
     each_failing_step_unwinds,
@@ -308,6 +327,7 @@ const SUITE: &[fn(How)] = &[
     the_last_reference_goes_inside_a_callback,
     what_kvm_does_not_let_go_ends_with_the_vm,
     a_group_is_known_to_one_vm,
+    a_group_forgets_a_vm_that_has_no_device_of_it,
 ];
 
 /// spec: KVM-1 KVM-3 KVM-4 KVM-5 KVM-6 KVM-7 KVM-8 KVM-9 KVM-12

@@ -58,8 +58,9 @@ impl MediatedHost {
         self.devices.get(index).map(Arc::as_ref).ok_or_else(missing)
     }
 
-    fn pages(&self) -> u64 {
-        self.memory.ram().pages()
+    /// Refused where the memory is not ours to move.
+    fn pages(&self) -> Result<u64> {
+        Ok(self.memory.own_ram()?.pages())
     }
 
     fn walk(&self, index: usize, target: DeviceState, deadline_ms: u64) -> Result<()> {
@@ -74,9 +75,10 @@ impl MediatedHost {
     }
 
     fn span(&self, first: u64, bytes: u64) -> Result<u64> {
+        let size = self.memory.own_ram()?.size();
         first
             .checked_mul(PAGE_SIZE)
-            .filter(|offset| offset.checked_add(bytes).is_some_and(|end| end <= self.memory.ram().size()))
+            .filter(|offset| offset.checked_add(bytes).is_some_and(|end| end <= size))
             .ok_or_else(|| HostError::Memory(format!("{bytes} bytes from page {first} on lie outside guest memory")))
     }
 }
@@ -139,7 +141,7 @@ impl SourceHost for MediatedHost {
                 DeviceOffer { name: report.name.clone().into(), flags: flags.raw(), match_data: match_data.into() };
             devices.push(OfferedDevice { offer, flags, report });
         }
-        Ok(SourceOffer { copier: MemoryCopier::Host, pages: self.pages(), devices })
+        Ok(SourceOffer { copier: MemoryCopier::Host, pages: self.pages()?, devices })
     }
 
     fn start_tracking(&self) -> Result<()> {
@@ -165,13 +167,13 @@ impl SourceHost for MediatedHost {
         let log = self.memory.log();
         if let Err(error) = self.vmm.sync_cpu_dirt(log) {
             tracing::warn!(%error, "what the guest wrote cannot be read: all of its memory is taken as dirty");
-            log.mark_pages(0, self.pages())?;
+            log.mark_pages(0, log.pages())?;
         }
         for device in &self.devices {
             if let Err(error) = device.sync_dirty() {
                 let name = &device.identity().name;
                 tracing::warn!(device = %name, %error, "what the device wrote cannot be read: all memory is taken as dirty");
-                log.mark_pages(0, self.pages())?;
+                log.mark_pages(0, log.pages())?;
             }
         }
         Ok(())
@@ -187,7 +189,7 @@ impl SourceHost for MediatedHost {
 
     fn read_pages(&self, first: u64, data: &mut [u8]) -> Result<()> {
         let offset = self.span(first, data.len() as u64)?;
-        Ok(self.memory.ram().mapping().read(offset, data)?)
+        Ok(self.memory.own_ram()?.mapping().read(offset, data)?)
     }
 
     fn set_state(&self, device: usize, target: DeviceState, deadline_ms: u64) -> Result<()> {
@@ -244,7 +246,7 @@ impl DestinationHost for MediatedHost {
             devices.push((flags, report_of(device)));
         }
         let fresh = self.fresh.load(Ordering::Acquire);
-        Ok(DestinationShape { copier: MemoryCopier::Host, pages: self.pages(), fresh, devices })
+        Ok(DestinationShape { copier: MemoryCopier::Host, pages: self.pages()?, fresh, devices })
     }
 
     fn check_match(&self, device: usize, offer: &DeviceOffer<'_>) -> std::result::Result<(), String> {
@@ -267,13 +269,13 @@ impl DestinationHost for MediatedHost {
     fn write_pages(&self, first: u64, data: &[u8]) -> Result<()> {
         let offset = self.span(first, data.len() as u64)?;
         self.fresh.store(false, Ordering::Release);
-        let ram = self.memory.ram();
+        let ram = self.memory.own_ram()?;
         if ram.is_populated() { Ok(ram.mapping().write(offset, data)?) } else { Ok(ram.write_fresh(offset, data)?) }
     }
 
     /// Only where every page is there: a read into one that is not would fault it in, and zero it first.
     fn place(&self, first: u64, count: u64) -> Result<Option<Place>> {
-        let ram = self.memory.ram();
+        let ram = self.memory.own_ram()?;
         if !ram.is_populated() {
             return Ok(None);
         }
@@ -286,7 +288,7 @@ impl DestinationHost for MediatedHost {
     fn zero_pages(&self, first: u64, count: u64) -> Result<()> {
         let bytes = count.checked_mul(PAGE_SIZE).ok_or_else(|| HostError::Memory(format!("{count} zero pages")))?;
         let offset = self.span(first, bytes)?;
-        Ok(self.memory.ram().mapping().fill(offset, bytes, 0)?)
+        Ok(self.memory.own_ram()?.mapping().fill(offset, bytes, 0)?)
     }
 
     fn read_pages(&self, first: u64, data: &mut [u8]) -> Result<()> {

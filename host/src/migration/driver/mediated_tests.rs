@@ -47,14 +47,14 @@ fn filled() -> Arc<AddressSpace> {
     let memory = memory();
     for page in (0..PAGES).filter(|page| page % 3 != 0) {
         let bytes: Vec<u8> = (0..PAGE_SIZE / 8).flat_map(|word| (page << 32 | word).to_le_bytes()).collect();
-        memory.ram().mapping().write(page * PAGE_SIZE, &bytes).unwrap();
+        memory.ram().unwrap().mapping().write(page * PAGE_SIZE, &bytes).unwrap();
     }
     memory
 }
 
 fn image(memory: &AddressSpace) -> Vec<u8> {
-    let mut image = vec![0; memory.ram().size() as usize];
-    memory.ram().mapping().read(0, &mut image).unwrap();
+    let mut image = vec![0; memory.ram().unwrap().size() as usize];
+    memory.ram().unwrap().mapping().read(0, &mut image).unwrap();
     image
 }
 
@@ -120,7 +120,7 @@ fn memory_arrives_the_same_where_it_is_populated_and_where_it_is_not() {
     for populate in [true, false] {
         let to = memory();
         if populate {
-            to.ram().populate(|| false).unwrap();
+            to.ram().unwrap().populate(|| false).unwrap();
         }
         let host = MediatedHost::new(Vec::new(), Arc::clone(&to), Arc::new(Still), true);
         assert_eq!(host.place(0, PAGES).unwrap().is_some(), populate);
@@ -135,7 +135,7 @@ fn memory_arrives_the_same_where_it_is_populated_and_where_it_is_not() {
 #[test]
 fn a_place_lies_in_memory_or_is_refused() {
     let to = memory();
-    to.ram().populate(|| false).unwrap();
+    to.ram().unwrap().populate(|| false).unwrap();
     let host = MediatedHost::new(Vec::new(), Arc::clone(&to), Arc::new(Still), true);
     assert!(host.place(PAGES - 1, 1).unwrap().is_some());
     for (first, count) in [(PAGES - 1, 2), (PAGES, 1), (u64::MAX, 1), (1, u64::MAX), (0, PAGES + 1)] {
@@ -148,11 +148,11 @@ fn a_place_lies_in_memory_or_is_refused() {
 fn after_a_stream_that_failed_inside_its_pages_memory_is_not_called_fresh() {
     let from = filled();
     let to = memory();
-    to.ram().populate(|| false).unwrap();
+    to.ram().unwrap().populate(|| false).unwrap();
     let host = MediatedHost::new(Vec::new(), Arc::clone(&to), Arc::new(Still), true);
     // HELLO and the first records are far shorter; the last page is far from here.
     let (sent, arrived) = run(&from, &host, 100_000);
-    let first = to.ram().mapping().load_u32(PAGE_SIZE + 8, Ordering::Acquire).unwrap();
+    let first = to.ram().unwrap().mapping().load_u32(PAGE_SIZE + 8, Ordering::Acquire).unwrap();
     assert_eq!(first, 1, "pages before the damage were placed");
     assert!(matches!(arrived, Err(MigrationError::Discarded { .. })), "{arrived:?}");
     assert!(matches!(sent, Err(MigrationError::Kept { resumed: true, .. })), "{sent:?}");

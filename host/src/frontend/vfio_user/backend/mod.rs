@@ -11,13 +11,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use vfio_bindings::bindings::vfio::VFIO_REGION_INFO_FLAG_MMAP;
 
 use self::migration::{Loading, Saving};
 use super::server::{CLIENT_PATIENCE, Link};
 use super::session::{Backend, RegionAnswer};
-use super::wire::{DeviceInfo, DmaMap, IrqInfo, LoggingRanges, LoggingReport, MigrationState, SetIrqs, SetIrqsData};
-use crate::device::{Feature, IrqAction, IrqData, IrqSet};
+use super::wire::{
+    DeviceInfo, DmaMap, IrqInfo, LoggingRanges, LoggingReport, MigrationState, PAGE_SIZE, SetIrqs, SetIrqsData,
+};
+use crate::device::{Feature, IrqData, IrqSet};
 use crate::mediation::MediatedDevice;
+use crate::memory::{ClientMap, ClientSource, Taken};
 
 /// What an operator chooses for a served device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,15 +48,14 @@ pub struct DeviceBackend {
     // The state of the device, which outlives a client.
     saving: Saving,
     loading: Loading,
-    /// The client began it
-    logging: bool,
-    low_power: bool,
+    /// Dirty pages of the reply that is being made
+    taken: Vec<Taken>,
 }
 
 impl DeviceBackend {
     pub fn new(device: Arc<MediatedDevice>, options: Options) -> Self {
         let (saving, loading) = Default::default();
-        Self { device, options, link: None, saving, loading, logging: false, low_power: false }
+        Self { device, options, link: None, saving, loading, taken: Vec::new() }
     }
 
     pub fn options(&self) -> &Options {
@@ -74,42 +77,31 @@ impl DeviceBackend {
     /// The client is gone, and nobody waits for it.
     pub fn detach(&mut self) {
         self.link = None;
-        self.disarm_irqs();
-        if std::mem::take(&mut self.logging) {
-            self.device.stop_tracking();
-        }
-        if std::mem::take(&mut self.low_power)
-            && let Err(error) = self.device.low_power_exit()
-        {
-            tracing::warn!(device = %self.device.identity().name, %error, "low power of a client that is gone");
+        self.taken.clear();
+        // Ends logging, and low power, too: whoever began them is gone.
+        if let Err(error) = self.device.client_lost() {
+            tracing::error!(device = %self.device.identity().name, %error, "letting go of a client's memory and interrupts");
         }
         if let Err(error) = self.device.client(false) {
             tracing::warn!(device = %self.device.identity().name, %error, "a client left");
         }
     }
 
-    /// No vector signals a client that is gone.
-    fn disarm_irqs(&self) {
-        for index in 0..self.device.info().num_irqs {
-            if self.device.irq_info(index).is_ok_and(|info| info.count > 0) {
-                let (action, data) = (IrqAction::Trigger, IrqData::None);
-                let disabled = self.device.set_irqs(&IrqSet { index, start: 0, count: 0, action, data });
-                if let Err(error) = disabled {
-                    tracing::warn!(device = %self.device.identity().name, index, %error, "disarming irqs");
-                }
-            }
+    /// The last request has been dealt with. `reported`: the reply was sent in full, and has the dirty pages that were taken out of
+    /// the log for it. Else they go back.
+    pub fn replied(&mut self, reported: bool) {
+        let taken = std::mem::take(&mut self.taken);
+        if reported {
+            taken.into_iter().for_each(Taken::commit);
         }
     }
 
-    /// The reply of the last request is on its way; `report`: it had dirty pages.
-    pub fn replied(&mut self, _report: bool) {}
-
-    /// A file whose pages a client may reach, all of them.
-    fn region_file(&self, _index: u32) -> Option<(OwnedFd, u64)> {
-        if !self.options.share_device_fd {
-            return None;
+    /// By default none: what has been handed out cannot be taken back when the device may not be reached.
+    fn region_file(&self, index: u32, flags: u32) -> Result<Option<(OwnedFd, u64)>, Errno> {
+        if !self.options.share_device_fd || flags & VFIO_REGION_INFO_FLAG_MMAP == 0 {
+            return Ok(None);
         }
-        None
+        self.device.region_file(index).map_err(|error| error.errno())
     }
 }
 
@@ -123,7 +115,7 @@ impl Backend for DeviceBackend {
 
     fn region_info(&mut self, index: u32) -> Result<RegionAnswer<OwnedFd>, Errno> {
         let info = self.device.region_info(index).map_err(|error| error.errno())?;
-        let file = self.region_file(index);
+        let file = self.region_file(index, info.flags)?;
         Ok(RegionAnswer { flags: info.flags, size: info.size, capabilities: info.capabilities, file })
     }
 
@@ -162,12 +154,30 @@ impl Backend for DeviceBackend {
         self.device.region_write(region, offset, data).map_err(|error| error.errno())
     }
 
-    fn dma_map(&mut self, _map: &DmaMap, _fd: Option<OwnedFd>) -> Result<(), Errno> {
-        Err(Errno::OPNOTSUPP)
+    fn dma_map(&mut self, map: &DmaMap, fd: Option<OwnedFd>) -> Result<(), Errno> {
+        let source = match (fd, &self.link) {
+            (Some(fd), _) => ClientSource::File { fd, offset: map.offset },
+            (None, Some(link)) => ClientSource::Messages(Arc::clone(link) as _),
+            (None, None) => return Err(Errno::NOTCONN),
+        };
+        let DmaMap { address: iova, size: length, readable: read, writable: write, .. } = *map;
+        self.device.dma_map_client(ClientMap { iova, length, read, write, source }).map_err(|error| {
+            // The client's user has to know why; an errno does not say it.
+            tracing::warn!(device = %self.device.identity().name, %error, "a client's memory");
+            error.errno()
+        })
     }
 
-    fn dma_unmap(&mut self, _map: &DmaMap, _dirty: Option<(u64, &mut [u8])>) -> Result<(), Errno> {
-        Err(Errno::OPNOTSUPP)
+    fn dma_unmap(&mut self, map: &DmaMap, dirty: Option<(u64, &mut [u8])>) -> Result<(), Errno> {
+        let DmaMap { address: iova, size: length, .. } = *map;
+        match dirty {
+            None => self.device.dma_unmap(iova, length).map_err(|error| error.errno()),
+            Some((page_size, bitmap)) => {
+                let taken = self.device.dma_unmap_dirty(iova, length, page_size, bitmap);
+                self.taken.push(taken.map_err(|error| error.errno())?);
+                Ok(())
+            }
+        }
     }
 
     fn reset(&mut self) -> Result<(), Errno> {
@@ -200,28 +210,30 @@ impl Backend for DeviceBackend {
         self.loading.write(&self.device, data)
     }
 
+    /// Everything is logged, whatever the ranges, page by page: both only ask for less.
     fn logging_start(&mut self, _page_size: u64, _ranges: LoggingRanges<'_>) -> Result<u64, Errno> {
-        Err(Errno::OPNOTSUPP)
+        self.device.start_tracking().map_err(|error| error.errno())?;
+        Ok(PAGE_SIZE)
     }
 
     fn logging_stop(&mut self) -> Result<(), Errno> {
-        Err(Errno::OPNOTSUPP)
+        self.device.stop_tracking();
+        Ok(())
     }
 
-    fn logging_report(&mut self, _report: &LoggingReport, _bitmap: &mut [u8]) -> Result<(), Errno> {
-        Err(Errno::OPNOTSUPP)
+    fn logging_report(&mut self, report: &LoggingReport, bitmap: &mut [u8]) -> Result<(), Errno> {
+        let LoggingReport { iova, length, page_size } = *report;
+        let taken = self.device.dirty_report(iova, length, page_size, bitmap);
+        self.taken.push(taken.map_err(|error| error.errno())?);
+        Ok(())
     }
 
     fn low_power_entry(&mut self, wakeup: Option<OwnedFd>) -> Result<(), Errno> {
         let entered = self.device.low_power_entry(wakeup.as_ref().map(AsFd::as_fd));
-        entered.map_err(|error| error.errno())?;
-        self.low_power = true;
-        Ok(())
+        entered.map_err(|error| error.errno())
     }
 
     fn low_power_exit(&mut self) -> Result<(), Errno> {
-        self.device.low_power_exit().map_err(|error| error.errno())?;
-        self.low_power = false;
-        Ok(())
+        self.device.low_power_exit().map_err(|error| error.errno())
     }
 }

@@ -16,7 +16,8 @@
 //! is sent, which has a deadline. Order: `outbound`, then `inbound`.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -25,6 +26,7 @@ use rustix::net::{RecvFlags, Shutdown, shutdown};
 
 use super::socket::{self, Received};
 use crate::frontend::vfio_user::session::{Message, Next, Output, Session, Ticket, Violation};
+use crate::memory::ClientAccess;
 
 /// A client has so long to take a message or to answer a DMA request, unless the server is told otherwise; then its connection
 /// ends. QEMU is as patient with its server.
@@ -73,6 +75,8 @@ pub struct Link {
     patience: Duration,
     inbound: Mutex<Inbound>,
     changed: Condvar,
+    /// Who serves requests
+    server: OnceLock<ThreadId>,
     /// What is being sent by threads of the device; the memory is reused
     outbound: Mutex<Vec<u8>>,
 }
@@ -85,14 +89,21 @@ impl Link {
     pub fn new(socket: OwnedFd, patience: Duration) -> Arc<Self> {
         let inbound = Inbound { session: Session::new(), receiver: Receiver::Nobody, waiting: 0, failure: None };
         let (inbound, changed) = (Mutex::new(inbound), Condvar::new());
-        Arc::new(Self { socket, patience, inbound, changed, outbound: Mutex::default() })
+        let (server, outbound) = (OnceLock::new(), Mutex::default());
+        Arc::new(Self { socket, patience, inbound, changed, server, outbound })
     }
 
     /// What is to be done next; waits for a request if there is none. Only for the one thread that serves.
     pub fn next(&self, message: &mut Message<OwnedFd>, out: &mut Output<OwnedFd>) -> Result<Next, Failure> {
+        self.server.get_or_init(|| std::thread::current().id());
         let mut inbound = lock(&self.inbound);
         loop {
-            match inbound.session.next(message, out) {
+            let next = inbound.session.next(message, out);
+            if inbound.waiting > 0 {
+                // There may be room to receive into now.
+                self.changed.notify_all();
+            }
+            match next {
                 Next::Wait => {}
                 Next::Close(violation) => return Err(inbound.failure.unwrap_or(Failure::Violation(violation))),
                 other => return Ok(other),
@@ -289,8 +300,11 @@ impl Link {
             if left.is_zero() {
                 // The next round finds the end.
                 self.end_in(&mut inbound, Failure::Unanswered);
-            } else if inbound.receiver == Receiver::Nobody {
+            } else if inbound.receiver == Receiver::Nobody && !inbound.session.space().is_empty() {
                 inbound = self.receive_waiting(inbound, deadline);
+            } else if inbound.receiver == Receiver::Nobody && self.is_server() {
+                // Who could make room waits here: the reply is behind what cannot be taken.
+                self.end_in(&mut inbound, Failure::Violation(Violation::Flood));
             } else {
                 inbound = self.changed.wait_timeout(inbound, left).unwrap_or_else(PoisonError::into_inner).0;
             }
@@ -299,6 +313,10 @@ impl Link {
         // Another one who waits receives from now on, or the server does; and there is room to ask.
         self.changed.notify_all();
         answer
+    }
+
+    fn is_server(&self) -> bool {
+        self.server.get() == Some(&std::thread::current().id())
     }
 
     /// One receive of somebody who waits for a reply.
@@ -311,14 +329,8 @@ impl Link {
         drop(inbound);
         let ready = socket::wait_for(self.socket.as_fd(), PollFlags::IN, deadline);
         let mut inbound = lock(&self.inbound);
-        let space = inbound.session.space();
         let received = match ready {
-            Ok(()) if space.is_empty() => {
-                // Nothing is served that could make room: the reply is behind what cannot be taken.
-                self.end_in(&mut inbound, Failure::Violation(Violation::Flood));
-                Err(Errno::AGAIN)
-            }
-            Ok(()) => socket::receive(self.socket.as_fd(), space, RecvFlags::DONTWAIT),
+            Ok(()) => socket::receive(self.socket.as_fd(), inbound.session.space(), RecvFlags::DONTWAIT),
             Err(Errno::TIMEDOUT) => Err(Errno::AGAIN),
             Err(errno) => Err(errno),
         };
@@ -344,3 +356,21 @@ impl Link {
         lock(&self.inbound).session.unsolicited_replies()
     }
 }
+
+impl ClientAccess for Link {
+    fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.dma_read(iova, data)
+    }
+
+    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
+        self.dma_write(iova, data)
+    }
+
+    fn write_many(&self, writes: &mut dyn Iterator<Item = (u64, &[u8])>) -> Result<(), Errno> {
+        self.dma_write_many(writes)
+    }
+}
+
+#[cfg(test)]
+#[path = "link_tests.rs"]
+mod tests;

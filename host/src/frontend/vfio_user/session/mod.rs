@@ -226,11 +226,16 @@ impl<F> Session<F> {
 
     /// `count` bytes were received into [`Self::space`] by one receive, and `fds` with them.
     pub fn received(&mut self, count: usize, fds: impl IntoIterator<Item = F>) -> Result<(), Violation> {
-        self.received_with(count, fds, false)
+        self.received_with(count, fds, false)?;
+        if self.input.is_full() && self.outstanding.is_waiting() {
+            self.end(Violation::Flood);
+            return Err(Violation::Flood);
+        }
+        Ok(())
     }
 
-    /// As [`Self::received`]; `fds_lost`: descriptors came that could not be taken, so that their message must not be taken
-    /// for one without.
+    /// As [`Self::received`], for a driver that looks itself after replies that can be waited for no longer because as many requests
+    /// wait as can. `fds_lost`: descriptors came that could not be taken, so that their message must not be taken for one without.
     pub fn received_with(
         &mut self,
         count: usize,
@@ -246,9 +251,7 @@ impl<F> Session<F> {
         let outstanding = &mut self.outstanding;
         let on_reply = |header: &Header, payload: &[u8]| outstanding.reply(header, payload);
         let received = self.input.received(count, fds, fds_lost, first_max, on_reply);
-        let flood = self.input.is_full() && self.outstanding.is_waiting();
-        let outcome = received.and(if flood { Err(Violation::Flood) } else { Ok(()) });
-        outcome.inspect_err(|violation| self.end(*violation))
+        received.inspect_err(|violation| self.end(*violation))
     }
 
     /// The connection is of no use any more: everything that waits gets ENOTCONN, descriptors are closed.

@@ -1,0 +1,84 @@
+//! A client is gone: the device is quiet, has none of his memory, and is otherwise as it was.
+//!
+//! **Must never** leave a DMA on its way to memory of a client who is gone, nor an eventfd of his in use; and whatever fails, it
+//! goes on with the rest. What it cannot keep is the bus-master bit: a device that went on would reach for addresses where nothing
+//! is mapped, and the next client's maps come one by one.
+
+use rustix::io::Errno;
+
+use super::config::{COMMAND, COMMAND_MASTER};
+use super::device::MediatedDevice;
+use super::error::Result;
+use super::gate::Reason;
+use super::mediator::TrapMap;
+use super::{MediationError, lock};
+use crate::device::{CONFIG_REGION, IrqAction, IrqData, IrqSet};
+
+impl MediatedDevice {
+    /// The client has died, or has gone without a word: interrupts are disabled and his eventfds closed, bus mastering is
+    /// turned off, accesses in flight have ended, what the device wrote is in the dirty log (which other devices' clients may
+    /// read), and nothing of the client's is mapped. Then tracking ends, if he had begun it. Nothing else of the device
+    /// changes: the next client finds its registers and its migration state.
+    ///
+    /// Everything is tried; the first thing that failed is returned. A map that the device did not let go of is still there, and the
+    /// call may be repeated.
+    pub fn client_lost(&self) -> Result<()> {
+        let token = self.lane.enter(self.drain_deadline())?;
+        let quiet = || {
+            self.unwire_irqs();
+            let done = self.unmap_all(self.end_bus_mastering());
+            let active = lock(&self.tracking).take();
+            done.and(active.map_or(Ok(()), |active| Ok(self.end_tracking(&active)?)))
+        };
+        // A device that sleeps is resumed for it. Who cannot have the device alone finds it closed for good, or failed: nobody
+        // else gets in either, and its maps go all the same.
+        let mut done = None;
+        let alone = self.alone(Reason::Reconfiguring, self.drain_deadline(), || {
+            done = Some(quiet());
+            Ok(())
+        });
+        let done = done.unwrap_or_else(quiet).and(alone);
+        let switched = done.and_then(|()| self.switch_table(TrapMap::Normal));
+        drop(token);
+        self.attend();
+        switched
+    }
+
+    /// Hooks that keep eventfds of their own are told, too.
+    fn unwire_irqs(&self) {
+        let mut indices = self.shared.irqs.indices();
+        if let Some(plugin) = &self.plugin {
+            indices.extend(plugin.irq_claims().iter().filter(|claim| claim.has_set_irqs).map(|claim| claim.index));
+        }
+        indices.sort_unstable();
+        indices.dedup();
+        for index in indices {
+            let off = IrqSet { index, start: 0, count: 0, action: IrqAction::Trigger, data: IrqData::None };
+            let done = self.offer_irqs(&off).and_then(|_handled| {
+                // Also where a hook has handled it: the eventfds are the client's.
+                let refused = |errno: Errno| MediationError::refused(format!("irqs of index {index}"), errno);
+                self.shared.default_set_irqs(&off).map_err(refused)
+            });
+            if let Err(error) = done {
+                // Not armed in the device, or the device is gone.
+                tracing::debug!(device = %self.identity().name, index, %error, "disarming after the client was lost");
+            }
+            self.shared.irqs.clear(index);
+        }
+    }
+
+    fn end_bus_mastering(&self) -> Result<()> {
+        let mut command = [0; 2];
+        self.device().region_read(CONFIG_REGION, COMMAND, &mut command)?;
+        let command = u16::from_le_bytes(command);
+        if command & COMMAND_MASTER == 0 {
+            return Ok(());
+        }
+        self.device().region_write(CONFIG_REGION, COMMAND, &(command & !COMMAND_MASTER).to_le_bytes())?;
+        self.look_at_command()
+    }
+
+    fn unmap_all(&self, before: Result<()>) -> Result<()> {
+        self.shared.mappings().iter().fold(before, |done, map| done.and(self.unmap(map, |_| {})))
+    }
+}
