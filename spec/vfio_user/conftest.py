@@ -211,6 +211,7 @@ class Connections:
             client.close()
         for host in self.hosts:
             host.check()
+        self.clients, self.hosts = [], []
 
 
 @pytest.fixture
@@ -240,9 +241,10 @@ def edu1(edu_host, connect):
 
 
 @pytest.fixture
-def clean(stateful_host):
-    """After the test, and after its client has gone, stateful is as after a reset."""
+def clean(stateful_host, connect):
+    """After the test, and after its clients have gone, stateful is as after a reset."""
     yield
+    connect.end()
     client = Client(stateful_host.path)
     try:
         client.hello()

@@ -239,7 +239,7 @@ def test_what_qemu_does_at_its_start(edu_host, connect):
             head, _ = client.region(index, 32)
             if head.argsz > 32:
                 client.region(index, head.argsz)
-        for index in range(5):
+        for index in (0, 1, 2, 4):
             client.ok(IRQ_INFO, struct.pack("<IIII", 16, 0, index, 0))
         client.read(CONFIG, 0, 256)
         for bar in range(6):
