@@ -3,19 +3,22 @@
 
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
+};
 use vfio_mediate::device::{Device, sim};
 use vfio_mediate::frontend::vfio_user::backend::Options;
 use vfio_mediate::frontend::vfio_user::server::{Listener, Server};
-use vfio_mediate::frontend::vfio_user::wire::{Command, HEADER_LENGTH, Header, MessageType};
+use vfio_mediate::frontend::vfio_user::wire::{Command, DmaAccess, HEADER_LENGTH, Header, MessageType};
 use vfio_mediate::mediation::MediatedDevice;
-use vfio_mediate::memory::{AddressSpace, GuestRam};
+use vfio_mediate::memory::AddressSpace;
 use vfio_mediate::plugin::Registry;
 
 pub const CONFIG: u32 = 7;
@@ -28,8 +31,12 @@ pub fn simulated(spec: &str) -> Arc<MediatedDevice> {
 }
 
 pub fn mediated(device: Arc<dyn Device>) -> Arc<MediatedDevice> {
-    let memory = AddressSpace::new(GuestRam::new(4096).unwrap());
-    MediatedDevice::open(device, &Registry::new(), memory).unwrap()
+    in_space(device, &AddressSpace::of_clients(1 << 30))
+}
+
+/// Of a VM that has others.
+pub fn in_space(device: Arc<dyn Device>, memory: &Arc<AddressSpace>) -> Arc<MediatedDevice> {
+    MediatedDevice::open(device, &Registry::new(), Arc::clone(memory)).unwrap()
 }
 
 /// A device behind a socket.
@@ -103,6 +110,44 @@ pub fn access(region: u32, offset: u64, count: u32, data: &[u8]) -> Vec<u8> {
     [&offset.to_le_bytes()[..], &region.to_le_bytes(), &count.to_le_bytes(), data].concat()
 }
 
+pub fn dma_map(address: u64, size: u64) -> Vec<u8> {
+    let numbers = [0, address, size].map(u64::to_le_bytes).concat();
+    [&32u32.to_le_bytes()[..], &3u32.to_le_bytes(), &numbers].concat()
+}
+
+/// A client's memory that is reached by messages: from `base` on.
+pub struct Memory {
+    pub base: u64,
+    pub bytes: Vec<u8>,
+    /// Requests of the server
+    pub asked: u64,
+}
+
+impl Memory {
+    pub fn new(base: u64, size: usize) -> Self {
+        Self { base, bytes: vec![0; size], asked: 0 }
+    }
+
+    /// `None`: nothing is to be answered.
+    pub fn answer(&mut self, got: &Got) -> Option<Vec<u8>> {
+        let MessageType::Command { no_reply } = got.header.kind else { return None };
+        self.asked += 1;
+        let mut reply = Vec::new();
+        if got.header.command == Command::DmaRead.raw() {
+            let access = DmaAccess::parse(&got.payload, 1 << 20).unwrap();
+            access.write(&mut reply);
+            reply.extend_from_slice(&self.bytes[(access.address - self.base) as usize..][..access.count as usize]);
+        } else {
+            let (access, data) = DmaAccess::parse_with_data(&got.payload, 1 << 20).unwrap();
+            access.write(&mut reply);
+            self.bytes[(access.address - self.base) as usize..][..data.len()].copy_from_slice(data);
+        }
+        let mut bytes = Header::reply(got.header.id, got.header.command, reply.len()).to_bytes().to_vec();
+        bytes.extend(reply);
+        (!no_reply).then_some(bytes)
+    }
+}
+
 pub struct Raw {
     pub stream: UnixStream,
     id: u16,
@@ -139,6 +184,24 @@ impl Raw {
         self.try_receive().expect("a message")
     }
 
+    /// One message that comes alone, with its descriptors.
+    pub fn receive_with(&mut self) -> (Got, Vec<OwnedFd>) {
+        let mut room = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(16))];
+        let mut control = RecvAncillaryBuffer::new(&mut room);
+        let mut bytes = vec![0; 64 * 1024];
+        let mut slices = [std::io::IoSliceMut::new(&mut bytes)];
+        let count = recvmsg(self.stream.as_fd(), &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap().bytes;
+        let mut fds = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        let header = Header::parse(bytes.first_chunk().unwrap());
+        assert_eq!(header.size as usize, count);
+        (Got { header, payload: bytes[HEADER_LENGTH..count].to_vec() }, fds)
+    }
+
     /// `None`: the server has closed it.
     pub fn try_receive(&mut self) -> Option<Got> {
         let mut head = [0; HEADER_LENGTH];
@@ -169,6 +232,45 @@ impl Raw {
         let got = self.receive();
         assert_eq!((got.header.id, got.header.command), (id, command.raw()));
         got
+    }
+
+    /// As [`Self::call`]; the server's requests are answered meanwhile, from `memory`.
+    pub fn call_answering(&mut self, command: Command, payload: &[u8], memory: &mut Memory) -> Got {
+        let id = self.next_id();
+        self.send(&message(id, command, payload, false));
+        loop {
+            let got = self.receive();
+            match memory.answer(&got) {
+                Some(reply) => self.send(&reply),
+                None if matches!(got.header.kind, MessageType::Command { .. }) => {}
+                None => return got,
+            }
+        }
+    }
+
+    /// Of everything, readable and writable; with a file, or by messages.
+    pub fn map(&mut self, address: u64, size: u64, file: Option<BorrowedFd<'_>>) -> Result<(), i32> {
+        let payload = dma_map(address, size);
+        let fds: Vec<_> = file.into_iter().collect();
+        self.call_with(Command::DmaMap, &payload, &fds).outcome().map(drop)
+    }
+
+    pub fn unmap(&mut self, address: u64, size: u64) -> Result<(), i32> {
+        let payload = [&24u32.to_le_bytes()[..], &0u32.to_le_bytes(), &address.to_le_bytes(), &size.to_le_bytes()];
+        self.call(Command::DmaUnmap, &payload.concat()).outcome().map(drop)
+    }
+
+    /// Memory and bus mastering on.
+    pub fn enable(&mut self) {
+        self.write(CONFIG, 4, &6u16.to_le_bytes()).unwrap();
+    }
+
+    /// `feature` with GET (1) or SET (2), and its data; what comes back behind the 8 bytes of the head.
+    pub fn feature(&mut self, feature: u32, operation: u32, data: &[u8], room: u32) -> Result<Vec<u8>, i32> {
+        let head = [8 + data.len() as u32 + room, feature | operation << 16];
+        let payload = [&head[0].to_le_bytes()[..], &head[1].to_le_bytes(), data].concat();
+        let got = self.call(Command::DeviceFeature, &payload);
+        got.outcome().map(|payload| payload[8..].to_vec())
     }
 
     /// The bytes, or the errno.

@@ -20,7 +20,7 @@ use super::wire::{
     DeviceInfo, DmaMap, IrqInfo, LoggingRanges, LoggingReport, MigrationState, PAGE_SIZE, SetIrqs, SetIrqsData,
 };
 use crate::device::{Feature, IrqData, IrqSet};
-use crate::mediation::MediatedDevice;
+use crate::mediation::{MediatedDevice, MediationError};
 use crate::memory::{ClientMap, ClientSource, Taken};
 
 /// What an operator chooses for a served device.
@@ -50,12 +50,14 @@ pub struct DeviceBackend {
     loading: Loading,
     /// Dirty pages of the reply that is being made
     taken: Vec<Taken>,
+    /// The device has not let go of all that a client had which is gone
+    lost: bool,
 }
 
 impl DeviceBackend {
     pub fn new(device: Arc<MediatedDevice>, options: Options) -> Self {
         let (saving, loading) = Default::default();
-        Self { device, options, link: None, saving, loading, taken: Vec::new() }
+        Self { device, options, link: None, saving, loading, taken: Vec::new(), lost: false }
     }
 
     pub fn options(&self) -> &Options {
@@ -66,12 +68,21 @@ impl DeviceBackend {
         &self.device
     }
 
-    /// A client has come.
-    pub fn attach(&mut self, link: Arc<Link>) {
+    /// A client has come. An error: the device has not let go of the one before.
+    pub fn attach(&mut self, link: Arc<Link>) -> Result<(), MediationError> {
+        if std::mem::replace(&mut self.lost, false) {
+            self.let_go()?;
+        }
         self.link = Some(link);
         if let Err(error) = self.device.client(true) {
             tracing::warn!(device = %self.device.identity().name, %error, "a client came");
         }
+        Ok(())
+    }
+
+    /// Of a client that is gone: memory, interrupts, logging. What fails is tried again before the next client is served.
+    fn let_go(&mut self) -> Result<(), MediationError> {
+        self.device.client_lost().inspect_err(|_| self.lost = true)
     }
 
     /// The client is gone, and nobody waits for it.
@@ -79,7 +90,7 @@ impl DeviceBackend {
         self.link = None;
         self.taken.clear();
         // Ends logging, and low power, too: whoever began them is gone.
-        if let Err(error) = self.device.client_lost() {
+        if let Err(error) = self.let_go() {
             tracing::error!(device = %self.device.identity().name, %error, "letting go of a client's memory and interrupts");
         }
         if let Err(error) = self.device.client(false) {

@@ -18,7 +18,11 @@ pub fn serve_client(device: &Arc<MediatedDevice>, socket: OwnedFd, options: Opti
 }
 
 pub(super) fn run(backend: &mut DeviceBackend, link: &Arc<Link>) -> Failure {
-    backend.attach(Arc::clone(link));
+    if let Err(error) = backend.attach(Arc::clone(link)) {
+        tracing::error!(device = %backend.device().identity().name, %error, "it has not let go of the last client");
+        link.end(Failure::Device);
+        return Failure::Device;
+    }
     let why = requests(link, backend);
     // First nobody waits for the client any more; what the device asked it for fails.
     link.end(why);

@@ -65,6 +65,8 @@ pub enum Failure {
     Receive(Errno),
     #[error("the client did not answer a DMA request in time")]
     Unanswered,
+    #[error("the device has not let go of the client before")]
+    Device,
     #[error("the server stops")]
     Stopped,
 }
