@@ -152,9 +152,12 @@ impl MediatedDevice {
         let range = || format!("unmapping {length:#x} bytes at {iova:#x}");
         let last = length.checked_sub(1).and_then(|length| iova.checked_add(length));
         let last = last.ok_or_else(|| MediationError::refused(range(), Errno::INVAL))?;
-        let maps = self.shared.mappings();
+        let maps = self.shared.maps();
         let end = |map: &IovaMapping| map.iova + (map.length - 1);
-        let touched: Vec<IovaMapping> = maps.into_iter().filter(|map| map.iova <= last && end(map) >= iova).collect();
+        // From behind, as far as they touch the range: a client may have tens of thousands.
+        let touching = maps.range(..=last).rev().map(|(_, map)| *map).take_while(|map| end(map) >= iova);
+        let touched: Vec<IovaMapping> = touching.collect();
+        drop(maps);
         if touched.iter().any(|map| map.iova < iova || end(map) > last) {
             return Err(MediationError::refused(range(), Errno::INVAL));
         }
