@@ -397,8 +397,12 @@ fn whole_host(opener: Opener<'_>) -> Result<()> {
         state_dir: Some(folder.path().join("state")),
         ..Draft::default()
     };
-    let name = format!("vfio:{}", opener.name).parse()?;
-    draft.devices.push(DeviceConfig { name, open, vf_token: None, serve: None });
+    draft.devices.push(DeviceConfig {
+        name: format!("vfio:{}", opener.name).parse()?,
+        open,
+        vf_token: None,
+        serve: None,
+    });
     let machine = Machine::new()?;
     let program = Arc::new(Program(Mutex::new(Some(machine.vm()?))));
     let host = Host::start(draft.finish()?, program.clone())?;
