@@ -32,17 +32,24 @@ def program():
 class Host:
     """One `vfio-mediate run`, and what is counted of it."""
 
-    def __init__(self, devices, sockets=None, paths=None, pass_fds=(), arguments=()):
+    def __init__(self, devices, sockets=None, paths=None, pass_fds=(), config=None):
         self.ended = False
         self.folder = tempfile.TemporaryDirectory(prefix="vfu")
         folder = Path(self.folder.name)
         self.paths = paths or [str(folder / f"{n}.sock") for n in range(len(devices))]
         command = [program(), "run", "--json", "--control", str(folder / "control"), "--state-dir", str(folder / "state")]
-        for device, socket in zip(devices, sockets or self.paths):
-            command += ["--device", device, "--socket", socket]
+        if config is None:
+            for device, socket in zip(devices, sockets or self.paths):
+                command += ["--device", device, "--socket", socket]
+        else:
+            # Lines of TOML that each device has besides its name and its socket.
+            file = folder / "vm.toml"
+            entries = zip(devices, self.paths)
+            file.write_text("".join(f'[[devices]]\ndevice = "{device}"\nsocket = "{path}"\n{config}\n' for device, path in entries))
+            command += ["--config", str(file)]
         self.log = open(folder / "stderr", "w+b")
         self.process = subprocess.Popen(
-            command + list(arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.log, pass_fds=pass_fds
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.log, pass_fds=pass_fds
         )
         self.ready = self._ready()
         self.settled = None
@@ -168,6 +175,15 @@ def edu_host():
 @pytest.fixture(scope="session")
 def stateful_host():
     host = _host("sim:stateful")
+    yield host
+    host.check()
+    host.close()
+
+
+@pytest.fixture(scope="session")
+def shared_host():
+    """Its clients are trusted with the device's own file."""
+    host = _host("sim:stateful", config="share_device_fd = true")
     yield host
     host.check()
     host.close()

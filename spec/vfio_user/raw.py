@@ -316,7 +316,8 @@ class Region:
         self.payload = payload
         self.argsz, self.flags, self.index, self.cap_offset, self.size, self.offset = struct.unpack_from("<IIIIQQ", payload)
         self.capabilities = {}
-        at, seen = self.cap_offset, set()
+        # A head without its chain says where that would be.
+        at, seen = self.cap_offset if len(payload) >= self.argsz else 0, set()
         while at:
             assert at % 8 == 0 and 32 <= at <= len(payload) - 8 and at not in seen, "a chain that cannot be walked"
             seen.add(at)
