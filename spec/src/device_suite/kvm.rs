@@ -397,7 +397,12 @@ fn whole_host(opener: Opener<'_>) -> Result<()> {
         state_dir: Some(folder.path().join("state")),
         ..Draft::default()
     };
-    draft.devices.push(DeviceConfig { name: format!("vfio:{}", opener.name).parse()?, open, vf_token: None });
+    draft.devices.push(DeviceConfig {
+        name: format!("vfio:{}", opener.name).parse()?,
+        open,
+        vf_token: None,
+        serve: None,
+    });
     let machine = Machine::new()?;
     let program = Arc::new(Program(Mutex::new(Some(machine.vm()?))));
     let host = Host::start(draft.finish()?, program.clone())?;
