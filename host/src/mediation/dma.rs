@@ -101,7 +101,8 @@ impl MediatedDevice {
     }
 
     /// Takes the maps inside the range away; EINVAL when one is cut. What the device wrote there is in the dirty log when
-    /// this returns, and nothing of this host touches a client's memory there any more.
+    /// this returns, and nothing of this host touches a client's memory there any more; EBUSY where a copy does not end, though
+    /// the map is gone.
     pub fn dma_unmap(&self, iova: u64, length: u64) -> Result<()> {
         self.in_lane(|| {
             self.with_pass(Class::Control, || {
@@ -137,9 +138,9 @@ impl MediatedDevice {
         last(map);
         self.shared.maps().remove(&map.iova);
         // The VM's other devices go on using theirs.
-        self.leave(map);
+        let left = self.shared.leave(map);
         self.tell(abi::EVENT_DMA_UNMAP, [map.iova, map.length, 0]);
-        Ok(())
+        Ok(left?)
     }
 
     fn leave(&self, map: &IovaMapping) {

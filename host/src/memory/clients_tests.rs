@@ -349,6 +349,42 @@ fn a_client_is_asked_with_nothing_locked() {
     assert_eq!(space.write(IOVA, &seen).unwrap_err().errno(), Errno::NODEV);
 }
 
+/// A client that unmaps the file beside what it is asked for.
+#[derive(Debug)]
+struct Unmapping {
+    space: Arc<AddressSpace>,
+}
+
+impl ClientAccess for Unmapping {
+    fn read(&self, _: u64, data: &mut [u8]) -> Result<(), Errno> {
+        data.fill(1);
+        self.space.unmap(IOVA + P, P).map(drop).map_err(|error| error.errno())
+    }
+
+    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
+        self.read(iova, &mut vec![0; data.len()])
+    }
+}
+
+/// spec: VFU-75
+#[test]
+fn a_client_that_is_asked_may_unmap_the_rest_of_the_transfer() {
+    let (space, fd) = (space(8), open_memfd(1));
+    let source = ClientSource::Messages(Arc::new(Unmapping { space: Arc::clone(&space) }));
+    space.join_client(ClientMap { iova: IOVA, length: P, read: true, write: true, source }, 1).unwrap();
+    for _ in 0..2 {
+        space.join_client(file(&fd, IOVA + P, 1, 0), 1).unwrap();
+        let begun = Instant::now();
+        space.read(IOVA + P - 4, &mut [0; 8]).unwrap();
+        space.join_client(file(&fd, IOVA + P, 1, 0), 1).unwrap();
+        space.write(IOVA + P - 4, &[7; 8]).unwrap();
+        assert!(begun.elapsed() < COPY_WAIT, "nobody waited");
+    }
+    let mut seen = [0; 5];
+    rustix::io::pread(&fd, &mut seen, 0).unwrap();
+    assert_eq!(seen, [7, 7, 7, 7, 0]);
+}
+
 /// spec: MEM-43
 #[test]
 fn the_limit_holds_and_what_is_given_back_is_room_again() {
