@@ -222,7 +222,6 @@ impl Connection {
                 state = lock(&self.state);
                 state.reader = Some(reader);
                 if let Some(outcome) = own.outcome.take() {
-                    state.pending.retain(|pending| pending.id != own.id);
                     break Ok(outcome);
                 }
             } else {
@@ -340,7 +339,7 @@ impl Connection {
 
     /// The rest of a long reply, without a detour.
     fn receive_direct(&self, reader: &mut Reader, own: &mut Own<'_>, frame: &Frame) -> Result<(), Failure> {
-        self.expected(&frame.header, frame.payload.len() + frame.missing, 0)?;
+        self.expected(&frame.header, frame.payload.len() + frame.missing, 0, true)?;
         let deadline = Instant::now() + self.patience;
         let payload = reader.bytes(frame.payload.clone());
         let (fixed, here) = payload.split_at(own.fixed.min(payload.len()));
@@ -383,34 +382,36 @@ impl Connection {
                 answered.map_or(Ok(()), |bytes| lock(&self.state).push_answer(bytes))
             }
             MessageType::Reply { error } => {
-                self.expected(header, payload.len(), fds.len())?;
                 let outcome = error.map_or(Ok(()), Err);
-                match own.filter(|own| own.is(header) && own.outcome.is_none()) {
-                    Some(own) => {
-                        let reply = outcome.and_then(|()| own.fill(payload, fds));
-                        own.outcome = Some(reply);
-                    }
-                    None => {
-                        let outcome = outcome.map(|()| (payload.to_vec(), fds));
-                        lock(&self.state).deliver(header.id, outcome)?;
-                    }
+                let own = own.filter(|own| own.id == header.id);
+                self.expected(header, payload.len(), fds.len(), own.is_some())?;
+                if let Some(own) = own {
+                    own.outcome = Some(outcome.and_then(|()| own.fill(payload, fds)));
+                } else {
+                    lock(&self.state).deliver(header.id, outcome.map(|()| (payload.to_vec(), fds)))?;
+                    // The server may answer us only after they have gone on.
+                    self.changed.notify_all();
                 }
                 Ok(())
             }
         }
     }
 
-    /// Is it a reply to what was asked, of a length that there is room for?
-    fn expected(&self, header: &Header, payload: usize, fds: usize) -> Result<(), Failure> {
-        let state = lock(&self.state);
-        let pending = state.pending.iter().find(|pending| pending.id == header.id && pending.outcome.is_none());
-        let pending = pending.ok_or(Failure::Violation(Violation::Unsolicited))?;
-        let command = pending.command;
-        if fds > pending.fds_max {
+    /// Is it a reply to what was asked, of a length that there is room for? `own`: the receiving thread takes it itself, and
+    /// nothing else may answer that request.
+    fn expected(&self, header: &Header, payload: usize, fds: usize, own: bool) -> Result<(), Failure> {
+        let mut state = lock(&self.state);
+        let at = state.pending.iter().position(|pending| pending.id == header.id && pending.outcome.is_none());
+        let at = at.ok_or(Failure::Violation(Violation::Unsolicited))?;
+        let Pending { command, payload_max, fds_max, .. } = state.pending[at];
+        if fds > fds_max {
             return Err(Failure::Violation(Violation::Descriptors));
         }
-        if header.command != command.raw() || payload > pending.payload_max {
+        if header.command != command.raw() || payload > payload_max {
             return Err(Failure::Violation(Violation::WrongReply { command }));
+        }
+        if own {
+            state.pending.swap_remove(at);
         }
         Ok(())
     }
