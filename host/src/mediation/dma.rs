@@ -152,12 +152,13 @@ impl MediatedDevice {
         let range = || format!("unmapping {length:#x} bytes at {iova:#x}");
         let last = length.checked_sub(1).and_then(|length| iova.checked_add(length));
         let last = last.ok_or_else(|| MediationError::refused(range(), Errno::INVAL))?;
-        let maps = self.shared.maps();
         let end = |map: &IovaMapping| map.iova + (map.length - 1);
-        // From behind, as far as they touch the range: a client may have tens of thousands.
-        let touching = maps.range(..=last).rev().map(|(_, map)| *map).take_while(|map| end(map) >= iova);
-        let touched: Vec<IovaMapping> = touching.collect();
-        drop(maps);
+        let touched: Vec<IovaMapping> = {
+            // There may be many: only the range, and what begins before it and may reach into it, is looked at.
+            let maps = self.shared.maps();
+            let before = maps.range(..iova).next_back().filter(|(_, map)| end(map) >= iova);
+            before.into_iter().chain(maps.range(iova..=last)).map(|(_, map)| *map).collect()
+        };
         if touched.iter().any(|map| map.iova < iova || end(map) > last) {
             return Err(MediationError::refused(range(), Errno::INVAL));
         }
