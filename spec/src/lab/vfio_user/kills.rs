@@ -217,7 +217,7 @@ fn one(
         return host.wait_for("a killed client is gone", |clients| !clients.attached);
     }
     let victim = Victim::start(lab, image, shared)?;
-    if round % WORKS == 0 {
+    if round.is_multiple_of(WORKS) {
         wait_for_dma(&victim, 2)?;
         std::thread::sleep(UNDER_WAY);
         tally.works += 1;
