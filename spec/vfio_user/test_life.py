@@ -349,3 +349,35 @@ def test_many_connections(edu_host):
         client.hello()
         client.close()
     edu_host.check()
+
+
+@pytest.mark.slow
+def test_clients_that_make_the_server_wait_are_disconnected(start_host, connect):
+    """VFU-83, VFU-91: five seconds for what the other waits for; meanwhile nobody else waits, and the next is served"""
+    host = start_host("sim:edu", "sim:stateful", "sim:stateful")
+    deaf, mute, busy = (connect(host, path=path) for path in host.paths)
+    # One reads nothing of what it asked for, the other does not answer for its memory.
+    deaf.sock.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        for _ in range(1000):
+            deaf.sock.send(message(REGION_READ, region_read(0, 0, 1 << 20)) * 16)
+    mute.map(0x10000, 16 * PAGE)
+    mute.bus_master()
+    for offset, value in ((Stateful.TARGET, 0x10000), (Stateful.LENGTH, 64)):
+        mute.write32(0, offset, value)
+    mute.send(REGION_WRITE, region_write(0, Stateful.DOORBELL, b"\1\0\0\0"))
+    assert mute.recv_request().cmd == 12
+    next_ones = [connect(host, path=path, hello=False, patience=12) for path in host.paths[:2]]
+    for client in next_ones:
+        client.send(VERSION, version(), id=1)
+    for client in next_ones:
+        assert not client.reply(VERSION, 1).is_error
+        client.alive()
+        started = time.monotonic()
+        busy.alive()
+        assert time.monotonic() - started < 1
+
+
+def test_the_socket_is_its_owners(edu_host):
+    """VFU-86"""
+    assert os.stat(edu_host.path).st_mode & 0o777 == 0o600
