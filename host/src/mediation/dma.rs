@@ -152,9 +152,13 @@ impl MediatedDevice {
         let range = || format!("unmapping {length:#x} bytes at {iova:#x}");
         let last = length.checked_sub(1).and_then(|length| iova.checked_add(length));
         let last = last.ok_or_else(|| MediationError::refused(range(), Errno::INVAL))?;
-        let maps = self.shared.mappings();
         let end = |map: &IovaMapping| map.iova + (map.length - 1);
-        let touched: Vec<IovaMapping> = maps.into_iter().filter(|map| map.iova <= last && end(map) >= iova).collect();
+        let touched: Vec<IovaMapping> = {
+            // There may be many: only the range, and what begins before it and may reach into it, is looked at.
+            let maps = self.shared.maps();
+            let before = maps.range(..iova).next_back().filter(|(_, map)| end(map) >= iova);
+            before.into_iter().chain(maps.range(iova..=last)).map(|(_, map)| *map).collect()
+        };
         if touched.iter().any(|map| map.iova < iova || end(map) > last) {
             return Err(MediationError::refused(range(), Errno::INVAL));
         }

@@ -2,7 +2,7 @@
 //!
 //! **Owns** the eventfds and the thread that waits on them, which begins with the first. **Must never** wait for a device whose
 //! memory is disabled, that is stopped or asleep, nor wake one: a kick that comes then is dropped, silently, as on the bus.
-//! Locks: `watched`, a leaf.
+//! Locks: `state`, a leaf; held while a signal is taken, which does not wait, so that none is taken of an eventfd that is not watched any more.
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,9 +36,11 @@ pub struct IoEventFds {
     state: Mutex<State>,
 }
 
+type Watched = (Kick, Arc<OwnedFd>);
+
 #[derive(Debug, Default)]
 struct State {
-    watched: Vec<(Kick, Arc<OwnedFd>)>,
+    watched: Vec<Watched>,
     poller: Option<Poller>,
     stopped: bool,
 }
@@ -51,8 +53,15 @@ struct Poller {
 }
 
 impl IoEventFds {
-    fn watched(&self) -> Vec<(Kick, Arc<OwnedFd>)> {
+    fn watched(&self) -> Vec<Watched> {
         lock(&self.state).watched.clone()
+    }
+
+    /// Takes what was signalled, unless it is watched no more.
+    fn take(&self, (kick, fd): &Watched) -> bool {
+        let state = lock(&self.state);
+        let is_watched = state.watched.iter().any(|(other, its)| other == kick && Arc::ptr_eq(its, fd));
+        is_watched && take(fd)
     }
 
     /// Ends the thread. Nothing is written afterwards, unless this *is* that thread, which then ends by itself.
@@ -142,9 +151,10 @@ impl MediatedDevice {
         std::thread::Builder::new().name("vfio-mediate-kick".to_owned()).spawn(move || {
             while !stop.load(Ordering::Acquire) {
                 let Some(watched) = all.upgrade().map(|all| all.watched()) else { break };
-                for kick in wait(&wake, &watched) {
-                    if let Some(device) = owner.get().and_then(std::sync::Weak::upgrade) {
-                        device.kick(kick);
+                for ready in wait(&wake, &watched) {
+                    let taken = all.upgrade().is_some_and(|all| all.take(ready));
+                    if let Some(device) = owner.get().and_then(std::sync::Weak::upgrade).filter(|_| taken) {
+                        device.kick(ready.0);
                     }
                 }
             }
@@ -169,8 +179,8 @@ fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
     link.is_ok_and(|link| link.as_os_str() == "anon_inode:[eventfd]")
 }
 
-/// Waits for a wake-up or a signal, and returns what was kicked.
-fn wait(wake: &OwnedFd, watched: &[(Kick, Arc<OwnedFd>)]) -> Vec<Kick> {
+/// Waits for a wake-up or a signal, and returns what was signalled.
+fn wait<'a>(wake: &OwnedFd, watched: &'a [Watched]) -> Vec<&'a Watched> {
     let mut fds = vec![PollFd::new(wake, PollFlags::IN)];
     fds.extend(watched.iter().map(|(_, fd)| PollFd::new(&**fd, PollFlags::IN)));
     // EINTR: looked at again in the next round. Without a limit: `stop` and every change wake it.
@@ -181,7 +191,7 @@ fn wait(wake: &OwnedFd, watched: &[(Kick, Arc<OwnedFd>)]) -> Vec<Kick> {
         take(wake);
     }
     let ready = fds[1..].iter().zip(watched).filter(|(fd, _)| !fd.revents().is_empty());
-    ready.filter(|(_, (_, fd))| take(fd)).map(|(_, (kick, _))| *kick).collect()
+    ready.map(|(_, watched)| watched).collect()
 }
 
 /// Takes what was signalled, if nobody else did. Not a plain read: the client's descriptor may be one that blocks.

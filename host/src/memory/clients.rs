@@ -57,7 +57,8 @@ pub struct Joined {
 #[derive(Debug)]
 pub(super) enum Backing {
     Ram,
-    File(Arc<Block>),
+    /// And who holds it
+    File(Arc<Block>, Vec<u64>),
     /// With whoever holds it
     Messages(Vec<(u64, Arc<dyn ClientAccess>)>),
 }
@@ -195,7 +196,7 @@ impl Clients {
         let mut result = Ok(());
         for entry in entries {
             let block = match entry.backing {
-                Backing::File(block) => Some(block),
+                Backing::File(block, _) => Some(block),
                 _ => None,
             };
             if let Some(block) = &block
@@ -284,11 +285,11 @@ impl AddressSpace {
         let backing = match source {
             ClientSource::File { fd, offset } => {
                 let ClientFile { identity, memory, inner } = ClientFile::open(&fd, Wanted { offset, length, write })?;
-                Backing::File(Arc::new(Block { identity, memory, inner, copies: AtomicU32::new(0) }))
+                Backing::File(Arc::new(Block { identity, memory, inner, copies: AtomicU32::new(0) }), vec![holder])
             }
             ClientSource::Messages(access) => Backing::Messages(vec![(holder, access)]),
         };
-        let file = matches!(backing, Backing::File(_));
+        let file = matches!(backing, Backing::File(..));
         if let Some(joined) = join_in(&mut self.write_maps(), &map, &backing, holder)? {
             return Ok(joined);
         }
@@ -303,7 +304,7 @@ impl AddressSpace {
 
     fn insert_client(&self, map: IovaMapping, backing: Backing, holder: u64) -> Result<Joined, MemoryError> {
         let joined = match &backing {
-            Backing::File(block) => Joined { map, memory: block.memory.clone(), offset: block.inner },
+            Backing::File(block, _) => Joined { map, memory: block.memory.clone(), offset: block.inner },
             Backing::Messages(holders) => joined_messages(map, holders)?,
             Backing::Ram => return Err(MemoryError::NoClients),
         };
@@ -325,19 +326,22 @@ impl AddressSpace {
         let clients = self.clients()?;
         let mut maps = self.write_maps();
         let Some(entry) = maps.get_mut(&map.iova).filter(|entry| entry.map == *map) else { return Ok(()) };
-        if let Some(others) = entry.others.checked_sub(1) {
-            entry.others = others;
-            let left: Vec<_> = match &mut entry.backing {
-                Backing::Messages(holders) => holders.extract_if(.., |(other, _)| *other == holder).collect(),
-                _ => Vec::new(),
-            };
-            drop(maps);
-            // The client's way to be asked ends under no lock.
-            drop(left);
-            return Ok(());
-        }
-        let last = maps.remove(&map.iova);
+        let mut left = Vec::new();
+        let is_last = match &mut entry.backing {
+            Backing::Ram => false,
+            Backing::File(_, holders) => {
+                holders.retain(|other| *other != holder);
+                holders.is_empty()
+            }
+            Backing::Messages(holders) => {
+                left.extend(holders.extract_if(.., |(other, _)| *other == holder));
+                holders.is_empty()
+            }
+        };
+        let last = if is_last { maps.remove(&map.iova) } else { None };
         drop(maps);
+        // The client's way to be asked ends under no lock.
+        drop(left);
         clients.retire(last.into_iter().collect(), &self.log)
     }
 
@@ -371,7 +375,7 @@ impl AddressSpace {
         self.look_up(iova, length, access, |piece, entry| {
             let source = match &entry.backing {
                 Backing::Ram => return,
-                Backing::File(block) => {
+                Backing::File(block, _) => {
                     // Under the table's lock: who takes the entry out of it sees this copy.
                     block.copies.fetch_add(1, Ordering::AcqRel);
                     Source::File(Copying { clients, block: Arc::clone(block) })
@@ -398,8 +402,12 @@ fn join_in(maps: &mut Maps, map: &IovaMapping, backing: &Backing, holder: u64) -
     if (there.read, there.write) != (map.read, map.write) {
         return other;
     }
-    let joined = match (&mut entry.backing, backing) {
-        (Backing::File(block), Backing::File(file)) if block.identity == file.identity => {
+    Ok(Some(match (&mut entry.backing, backing) {
+        (Backing::File(block, holders), Backing::File(file, _)) if block.identity == file.identity => {
+            if holders.contains(&holder) {
+                return other;
+            }
+            holders.push(holder);
             Joined { map: there, memory: block.memory.clone(), offset: block.inner }
         }
         (Backing::Messages(holders), Backing::Messages(joining)) => {
@@ -410,9 +418,7 @@ fn join_in(maps: &mut Maps, map: &IovaMapping, backing: &Backing, holder: u64) -
             joined_messages(there, joining)?
         }
         _ => return other,
-    };
-    entry.others += 1;
-    Ok(Some(joined))
+    }))
 }
 
 /// For the device of who joins: it asks its own client.

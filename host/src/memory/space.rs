@@ -55,7 +55,7 @@ pub(super) type Maps = BTreeMap<u64, Entry>;
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) map: IovaMapping,
-    /// Besides the first
+    /// Of RAM: how many hold it besides the first
     pub(super) others: u32,
     pub(super) backing: Backing,
 }

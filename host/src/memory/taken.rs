@@ -8,6 +8,9 @@ use std::sync::Arc;
 use super::drain::Runs;
 use super::{AddressSpace, IovaMapping, MemoryError, PAGE_SIZE};
 
+/// Taken at once: 1 GiB.
+const PART_PAGES: u64 = 1 << 18;
+
 /// What a report took out of the dirty log. Dropped, it puts everything back; commit it once the report has been sent in full.
 #[must_use = "dropping it puts the pages back"]
 #[derive(Debug)]
@@ -57,15 +60,23 @@ impl Taken {
     /// Takes what the report asks of one map, and ORs it into the report's bitmap.
     pub fn take(&mut self, map: &IovaMapping, report: &mut Report<'_>) {
         let Some((first, last)) = report.part_of(map) else { return };
-        let page = (map.ram_offset + (first - map.iova)) / PAGE_SIZE;
-        let words = self.memory.log().take_pages(page, (last - first) / PAGE_SIZE + 1);
-        let base = first - report.iova;
-        for run in Runs::new(&words, 0) {
+        let (mut base, mut page) = (first - report.iova, (map.ram_offset + (first - map.iova)) / PAGE_SIZE);
+        let end = page + (last - first) / PAGE_SIZE + 1;
+        // In parts, of which the clean ones, most of them, need no memory.
+        while page < end {
+            let count = PART_PAGES.min(end - page);
+            let words = self.memory.log().take_pages(page, count);
             let bit = |page: u64| (base + page * PAGE_SIZE) / report.page_size;
-            set_bits(report.bitmap, bit(run.first), bit(run.first + run.count - 1));
-        }
-        if words.iter().any(|word| *word != 0) {
-            self.parts.push((page, words));
+            let mut dirty = false;
+            for run in Runs::new(&words, 0) {
+                set_bits(report.bitmap, bit(run.first), bit(run.first + run.count - 1));
+                dirty = true;
+            }
+            if dirty {
+                self.parts.push((page, words));
+            }
+            page += count;
+            base += count * PAGE_SIZE;
         }
     }
 
