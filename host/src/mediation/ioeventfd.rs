@@ -4,7 +4,7 @@
 //! memory is disabled, that is stopped or asleep, nor wake one: a kick that comes then is dropped, silently, as on the bus.
 //! Locks: `state`, a leaf; held while a signal is taken, which does not wait, so that none is taken of an eventfd that is not watched any more.
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -18,6 +18,7 @@ use super::gate::Class;
 use super::irqs::new_eventfd;
 use crate::device::CONFIG_REGION;
 use crate::lock_order::lock;
+use crate::sys::is_eventfd;
 
 /// As vfio-pci: ioeventfds of one device.
 const IOEVENTFDS_MAX: usize = 1000;
@@ -171,12 +172,6 @@ impl MediatedDevice {
             tracing::debug!(device = %self.identity().name, ?kick, %error, "a kick was dropped");
         }
     }
-}
-
-/// The kernel takes nothing else; and a pipe whose other end is gone would be ready for ever.
-fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
-    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-    link.is_ok_and(|link| link.as_os_str() == "anon_inode:[eventfd]")
 }
 
 /// Waits for a wake-up or a signal, and returns what was signalled.

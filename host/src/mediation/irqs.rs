@@ -14,6 +14,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
 use crate::lock_order::{Guard, lock};
+use crate::sys::{is_eventfd, signal_shared};
 
 /// Vectors of one device that the table keeps: MSI-X has 2048 at most.
 const ROUTES_MAX: usize = 4096;
@@ -64,7 +65,7 @@ impl Pending {
 }
 
 impl Irqs {
-    /// Duplicates the client's eventfds and makes ours for the vectors that are `interposed`.
+    /// Duplicates the client's eventfds and makes ours for the vectors that are `interposed`. EINVAL for what is no eventfd.
     pub fn prepare(
         &self,
         index: u32,
@@ -76,6 +77,7 @@ impl Irqs {
         for (vector, fd) in (start..).zip(fds) {
             let route = match fd {
                 None => None,
+                Some(fd) if !is_eventfd(*fd) => return Err(Errno::INVAL),
                 Some(fd) => {
                     let client = Arc::new(fd.try_clone_to_owned().map_err(|_| Errno::MFILE)?);
                     let interposed = interposed(vector).then(new_eventfd).transpose()?.map(Arc::new);
@@ -118,8 +120,7 @@ impl Irqs {
     /// Signals the client. True when it has an eventfd for this vector.
     pub fn signal(&self, vector: Vector) -> bool {
         let Some(client) = self.routes().get(&vector).map(|route| route.client.clone()) else { return false };
-        // EAGAIN: the counter is at its maximum, so that the client has yet to be woken anyway.
-        let _ = rustix::io::write(&*client, &1u64.to_ne_bytes());
+        signal_shared(client.as_fd());
         true
     }
 

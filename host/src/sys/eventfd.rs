@@ -1,6 +1,6 @@
 //! Eventfds: how a device's interrupts arrive.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -66,6 +66,24 @@ impl AsFd for EventFd {
     }
 }
 
+/// Whether it is an eventfd. Anything else that is taken for one may be ready for ever, or never take a write.
+pub fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    link.is_ok_and(|link| link.as_os_str() == "anon_inode:[eventfd]")
+}
+
+/// Adds 1 to an eventfd that is shared with somebody who is not trusted: its counter may be full and its flags are his to change,
+/// and then a plain write waits until he reads. A full counter is left as it is; whoever reads it has yet to be woken.
+pub fn signal_shared(fd: BorrowedFd<'_>) {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let has_room = poll(&mut fds, Some(&at_once)).is_ok() && fds[0].revents().contains(PollFlags::OUT);
+    if has_room {
+        // EAGAIN: it became full, and is not one that waits.
+        let _full = io::write(fd, &1_u64.to_ne_bytes());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -99,5 +117,29 @@ mod tests {
         assert_eq!(event.signal(1), Err(Errno::AGAIN));
         assert_eq!(event.signal(u64::MAX), Err(Errno::INVAL));
         assert_eq!(event.read().unwrap(), u64::MAX - 1);
+    }
+
+    #[test]
+    fn a_full_shared_counter_is_waited_for_by_nobody() {
+        let shared = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        io::write(&shared, &(u64::MAX - 2).to_ne_bytes()).unwrap();
+        let mut counter = [0; 8];
+        // One has room, the others have none: on a descriptor that blocks.
+        (0..3).for_each(|_| signal_shared(shared.as_fd()));
+        io::read(&shared, &mut counter).unwrap();
+        assert_eq!(u64::from_ne_bytes(counter), u64::MAX - 1);
+        signal_shared(shared.as_fd());
+        io::read(&shared, &mut counter).unwrap();
+        assert_eq!(u64::from_ne_bytes(counter), 1);
+    }
+
+    #[test]
+    fn only_an_eventfd_is_one() {
+        assert!(is_eventfd(EventFd::new().unwrap().as_fd()));
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        let null = std::fs::File::open("/dev/null").unwrap();
+        for other in [read.as_fd(), write.as_fd(), null.as_fd()] {
+            assert!(!is_eventfd(other));
+        }
     }
 }

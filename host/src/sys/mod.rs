@@ -21,7 +21,7 @@ mod uffd;
 pub mod vfio;
 
 pub use dma_memory::{ClientAccess, DmaMemory};
-pub use eventfd::EventFd;
+pub use eventfd::{EventFd, is_eventfd, signal_shared};
 pub use iospace::{IoMap, IoSpace};
 pub use mapping::{Mapping, MappingError};
 pub use membarrier::AsymmetricFence;

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt::{self, Debug};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -671,17 +671,21 @@ pub fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
 }
 
-/// An end whose other end tells when every copy of it is closed.
-pub fn tell_tale() -> (OwnedFd, OwnedFd) {
-    rustix::pipe::pipe().unwrap()
+/// An eventfd, and its number in the kernel, by which one sees whether any copy of it is open.
+pub fn tell_tale() -> (u64, OwnedFd) {
+    let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    (eventfd_id(&fd.as_raw_fd().to_string()).unwrap(), fd)
 }
 
-/// Whether every writing end is closed: what is read is the end.
-pub fn is_abandoned(read: &OwnedFd) -> bool {
-    let mut fds = [rustix::event::PollFd::new(read, rustix::event::PollFlags::IN)];
-    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-    rustix::event::poll(&mut fds, Some(&now)).unwrap();
-    fds[0].revents().contains(rustix::event::PollFlags::HUP)
+/// Whether this process holds no copy of it any more.
+pub fn is_abandoned(id: &u64) -> bool {
+    let open = std::fs::read_dir("/proc/self/fdinfo").unwrap();
+    !open.filter_map(|file| eventfd_id(file.unwrap().file_name().to_str()?)).any(|other| other == *id)
+}
+
+fn eventfd_id(fd: &str) -> Option<u64> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+    info.lines().find_map(|line| line.strip_prefix("eventfd-id:"))?.trim().parse().ok()
 }
 
 pub fn set_fd<'a>(start: u32, fds: &'a [Option<std::os::fd::BorrowedFd<'a>>]) -> IrqSet<'a> {

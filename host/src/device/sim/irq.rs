@@ -2,7 +2,7 @@
 //!
 //! States: *none*, *INTx*, *MSI*; INTx and MSI are never enabled together. REQ and ERR are apart.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::{
@@ -12,6 +12,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use crate::device::{IrqAction, IrqData, IrqInfo, IrqSet};
+use crate::sys::{is_eventfd, signal_shared};
 
 pub(super) const NUM_IRQS: u32 = VFIO_PCI_NUM_IRQS;
 
@@ -262,10 +263,12 @@ fn place(vectors: &mut [Option<OwnedFd>], start: usize, fds: &[Option<BorrowedFd
 }
 
 fn duplicate(fd: &BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    if !is_eventfd(*fd) {
+        return Err(Errno::INVAL);
+    }
     fd.try_clone_to_owned().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::MFILE))
 }
 
 fn signal(eventfd: &OwnedFd) {
-    // The only failure of a live eventfd is a full counter, and then its reader is woken already.
-    let _full = rustix::io::write(eventfd, &1_u64.to_ne_bytes());
+    signal_shared(eventfd.as_fd());
 }

@@ -9,12 +9,13 @@
 //!    \--- entry --> D0 (entered, never suspended: `Sleep::Never`) -- exit --> D0
 //! ```
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
 use crate::device::{Feature, FeatureAccess, Power, PowerState};
+use crate::sys::{is_eventfd, signal_shared};
 
 /// What becomes of a model whose low power was entered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -82,6 +83,9 @@ impl PowerModel {
         if self.entered {
             return Err(Errno::INVAL);
         }
+        if wakeup.is_some_and(|fd| !is_eventfd(fd)) {
+            return Err(Errno::INVAL);
+        }
         let wakeup = wakeup.map(|fd| fd.try_clone_to_owned()).transpose();
         self.wakeup = wakeup.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::MFILE))?;
         self.entered = true;
@@ -116,8 +120,7 @@ impl PowerModel {
             return Resumed::Nothing;
         }
         if let Some(wakeup) = self.wakeup.take() {
-            // The only failure of a live eventfd is a full counter, and then its reader is woken already.
-            let _full = rustix::io::write(&wakeup, &1_u64.to_ne_bytes());
+            signal_shared(wakeup.as_fd());
         }
         if self.sleep == Sleep::D3Cold { Resumed::PowerLost } else { Resumed::Kept }
     }

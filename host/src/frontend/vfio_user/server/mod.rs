@@ -12,7 +12,7 @@
 mod connection;
 mod link;
 mod listener;
-mod socket;
+pub(super) mod socket;
 
 pub use connection::serve_client;
 pub(super) use link::Link;

@@ -75,8 +75,13 @@ impl<'a> Sending<'a> {
     }
 }
 
+/// As [`send_all`], but only as much as there is room for, maybe nothing.
+pub fn send_some(socket: BorrowedFd<'_>, head: &[u8], tail: &[u8], fds: &[impl AsFd]) -> Result<usize, Errno> {
+    retry(|| send_first(socket, head, tail, fds))
+}
+
 /// As much as there is room for, maybe nothing.
-fn send_first(socket: BorrowedFd<'_>, head: &[u8], tail: &[u8], fds: &[OwnedFd]) -> Result<usize, Errno> {
+fn send_first(socket: BorrowedFd<'_>, head: &[u8], tail: &[u8], fds: &[impl AsFd]) -> Result<usize, Errno> {
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     match (head, tail, fds) {
         (one, [], []) | ([], one, []) => send(socket, one, flags),

@@ -36,9 +36,16 @@ impl RegionAccess {
     }
 
     pub fn write(&self, out: &mut Vec<u8>) {
-        out.u64(self.offset);
-        out.u32(self.region);
-        out.u32(self.count);
+        out.extend_from_slice(&self.bytes());
+    }
+
+    /// As they are written.
+    pub fn bytes(&self) -> [u8; Self::LENGTH] {
+        let mut bytes = [0; Self::LENGTH];
+        bytes[..8].copy_from_slice(&self.offset.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.region.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.count.to_le_bytes());
+        bytes
     }
 }
 
