@@ -159,6 +159,16 @@ struct Tally {
     works: u64,
 }
 
+/// What the rounds have in common.
+struct Bench<'a> {
+    lab: &'a Lab,
+    host: &'a Served,
+    image: &'a Path,
+    /// QEMU's arguments for memory that is shared, and for DMA by messages
+    shared: &'a [String],
+    messages: &'a [String],
+}
+
 fn kill_many(lab: &Lab, host: &Served, settings: &Settings, heard: &mut dyn FnMut(&str)) -> Result<()> {
     let rounds = if settings.quick { ROUNDS_QUICK } else { ROUNDS };
     let folder = tempfile::tempdir()?;
@@ -179,12 +189,12 @@ fn kill_many(lab: &Lab, host: &Served, settings: &Settings, heard: &mut dyn FnMu
     no_dma_any_more(&memory)?;
     tidy(host, base).context("after the first client")?;
 
+    let bench = Bench { lab, host, image: &image, shared: &shared, messages: &messages };
     let mut random = Random(settings.seed | 1);
     let mut tally = Tally::default();
     for round in 1..=rounds {
         let seen = format!("round {round}");
-        one(lab, host, &image, round, &shared, &messages, random.below(longest.as_micros() as u64), &mut tally)
-            .context(seen.clone())?;
+        one(&bench, round, random.below(longest.as_micros() as u64), &mut tally).context(seen.clone())?;
         tidy(host, base).context(seen)?;
     }
     let (seed, most) = (settings.seed, longest.as_millis());
@@ -198,17 +208,9 @@ fn kill_many(lab: &Lab, host: &Served, settings: &Settings, heard: &mut dyn FnMu
     Ok(())
 }
 
-#[allow(clippy::too_many_arguments)] // a round is told apart by all of it
-fn one(
-    lab: &Lab,
-    host: &Served,
-    image: &Path,
-    round: u64,
-    shared: &[String],
-    messages: &[String],
-    micros: u64,
-    tally: &mut Tally,
-) -> Result<()> {
+/// Starts a QEMU, and kills it after so many microseconds.
+fn one(bench: &Bench<'_>, round: u64, micros: u64, tally: &mut Tally) -> Result<()> {
+    let Bench { lab, host, image, shared, messages } = bench;
     if round % 4 == 3 {
         let victim = Victim::start(lab, image, messages)?;
         std::thread::sleep(Duration::from_micros(micros));
