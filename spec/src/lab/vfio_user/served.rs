@@ -19,6 +19,8 @@ const END: Duration = Duration::from_secs(20);
 pub(super) struct Resources {
     pub fds: usize,
     pub maps: usize,
+    /// Of them, maps of memory files: a client's memory
+    pub memory_maps: usize,
     pub threads: usize,
 }
 
@@ -140,8 +142,9 @@ impl Served {
     pub fn resources(&self) -> Result<Resources> {
         let process = PathBuf::from(format!("/proc/{}", self.process.id()));
         let count = |name: &str| Ok::<_, std::io::Error>(std::fs::read_dir(process.join(name))?.count());
-        let maps = std::fs::read_to_string(process.join("maps"))?.lines().count();
-        Ok(Resources { fds: count("fd")?, maps, threads: count("task")? })
+        let text = std::fs::read_to_string(process.join("maps"))?;
+        let (maps, memory_maps) = (text.lines().count(), text.lines().filter(|line| line.contains("/memfd:")).count());
+        Ok(Resources { fds: count("fd")?, maps, memory_maps, threads: count("task")? })
     }
 
     /// What it holds, told: for a failure.
