@@ -75,7 +75,7 @@ impl<'a> Sending<'a> {
     }
 }
 
-/// As [`send_all`], but only as much as there is room for, maybe nothing.
+/// Sends what there is room for of a message, without waiting, maybe nothing; the descriptors go with the first byte.
 pub fn send_some(socket: BorrowedFd<'_>, head: &[u8], tail: &[u8], fds: &[impl AsFd]) -> Result<usize, Errno> {
     retry(|| send_first(socket, head, tail, fds))
 }
