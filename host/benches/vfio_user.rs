@@ -137,8 +137,10 @@ impl NativeMigration for Registers {
     }
 
     fn read(&self, buffer: &mut [u8]) -> Result<usize> {
-        let count = buffer.len().min(self.bytes.len());
-        buffer[..count].copy_from_slice(&self.bytes[..count]);
+        // Not where the buffer lies in its page: processors are slow at copies to a little behind the same offset.
+        let from = &self.bytes[2048..];
+        let count = buffer.len().min(from.len());
+        buffer[..count].copy_from_slice(&from[..count]);
         Ok(count)
     }
 
@@ -189,7 +191,7 @@ fn device() -> Arc<MediatedDevice> {
         config,
     };
     let state = Mutex::new(DeviceState::Running);
-    let device = Registers { identity, bytes: vec![7; MIB], state, left: AtomicU64::new(0) };
+    let device = Registers { identity, bytes: vec![7; MIB + 4096], state, left: AtomicU64::new(0) };
     MediatedDevice::open(Arc::new(device), &Registry::new(), AddressSpace::of_clients(4 << 30)).unwrap()
 }
 
