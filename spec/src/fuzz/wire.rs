@@ -5,6 +5,7 @@
 //! ```
 //! What is parsed keeps its limits; what is written again and parsed again is the same.
 
+use vfio_mediate::device::RegionCapability;
 use vfio_mediate::frontend::vfio_user::wire::{
     BITMAP_MAX, CAPABILITIES_MAX, DATA_XFER_MAX, DeviceFeature, DeviceInfo, DmaAccess, FeatureCall, HEADER_LENGTH,
     Header, IO_FDS_MAX, IRQ_VECTORS_MAX, IrqInfo, LOGGING_RANGES_MAX, MSG_FDS_MAX, MessageType, MigDataWrite,
@@ -87,7 +88,13 @@ fn version(bytes: &[u8]) {
 
 fn region_info(payload: &[u8]) {
     let Ok((info, rest)) = RegionInfo::parse(payload) else { return };
-    let Ok(capabilities) = parse_capabilities(&info, rest) else { return };
+    let Ok(mut capabilities) = parse_capabilities(&info, rest) else { return };
+    // The last one of an unknown kind has what is left of the message; written, it is padded.
+    for capability in &mut capabilities {
+        if let RegionCapability::Other { data, .. } = capability {
+            data.resize(data.len().next_multiple_of(8), 0);
+        }
+    }
     let length = capabilities_length(&capabilities);
     let mut bytes = Vec::new();
     if write_capabilities(&capabilities, &mut bytes).is_err() {
