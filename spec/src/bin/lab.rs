@@ -14,7 +14,8 @@ use serde_json::json;
 use vfio_mediate_spec::lab::cases::{Case, Programs, Settings, Work, all};
 use vfio_mediate_spec::lab::{Lab, Machine, Outcome, boot, boot_pair};
 
-/// Runs the cases on a real kernel: an emulated machine with an IOMMU, vfio-pci, SR-IOV VFs and edu devices.
+/// Runs the cases on a real kernel: an emulated machine with an IOMMU, vfio-pci, SR-IOV VFs and edu devices; with `--all` also those in
+/// which stock QEMU boots guests with served devices, which take minutes.
 ///
 /// Needs Debian packages (it names those that are missing), 3 GB of free space once, no KVM and no VFIO of this machine.
 /// Exit code: 0 all cases passed, 1 a case failed, 2 wrong use.
@@ -24,6 +25,9 @@ struct Cli {
     /// Only the cases with these names
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
+    /// Also the long cases, in which VMMs boot guests
+    #[arg(long)]
+    all: bool,
     /// Show the cases and end
     #[arg(long)]
     list: bool,
@@ -69,7 +73,8 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
     }
     if cli.list {
         for case in &cases {
-            println!("{:10} {}", case.name, case.about);
+            let when = if case.is_long() { " (--all)" } else { "" };
+            println!("{:15} {}{when}", case.name, case.about);
         }
         return Ok(true);
     }
@@ -87,7 +92,11 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
     let seed = cli.seed.unwrap_or_else(a_seed);
     let settings = Settings { quick: cli.quick, seed };
     let (mut passed, mut failed) = (0, 0);
-    for case in cases.iter().filter(|case| cli.only.is_empty() || cli.only.iter().any(|name| name == case.name)) {
+    let is_wanted = |case: &&Case| match &cli.only[..] {
+        [] => cli.all || !case.is_long(),
+        only => only.iter().any(|name| name == case.name),
+    };
+    for case in cases.iter().filter(is_wanted) {
         match run_case(&lab, case, &programs, &settings, cli) {
             Ok(()) => passed += 1,
             Err(error) => {

@@ -53,6 +53,13 @@ pub struct Case {
     pub least_ok: usize,
 }
 
+impl Case {
+    /// Stock VMMs boot guests in it: minutes of emulation, only when they are asked for.
+    pub fn is_long(&self) -> bool {
+        self.name.starts_with("vfio-user-")
+    }
+}
+
 /// edu reaches only 28 bits unless it is told otherwise; scratch memory lies above guest RAM.
 const DEMO: &str = "--plugin /case/libvfio_mediate_plugin_edu.so --memory 32M --dirty-rate 200 --rounds 2";
 
