@@ -38,7 +38,9 @@ fn two_processes_move_a_device_and_its_memory() {
     let moved = source.ask(&["migrate", "--to", &destination.listen(), "--verify"]);
     assert_eq!(moved.code, 0, "{moved:?}");
     assert!(moved.out.contains("downtime") && moved.out.contains("plug-in edu"), "{moved:?}");
-    assert!(moved.err.contains("pre copy, round 1"), "plain lines where there is no terminal: {moved:?}");
+    // Which phases are seen depends on how fast they pass.
+    let is_progress = |line: &str| line.contains("round ") && line.contains("pages sent");
+    assert!(moved.err.lines().any(is_progress), "plain lines where there is no terminal: {moved:?}");
     assert!(!moved.err.contains('\u{1b}'), "{moved:?}");
 
     let status = source.ask(&["status", "--json"]).json();

@@ -509,7 +509,25 @@ fn whatever_fails_when_a_client_is_lost_the_rest_is_done() {
         mediated.dma_map_client(file(&fd, IOVA + 2 * at * PAGE, 1, at * PAGE)).unwrap();
     }
     mediated.fail(Errno::IO);
-    // Refuses everything, and lets go of the memory all the same.
-    let _failed = mediated.client_lost();
+    // It refuses everything, and lets go of the memory all the same.
+    mediated.client_lost().unwrap();
+    assert!(memory.mappings().is_empty() && device.maps.lock().unwrap().is_empty());
+}
+
+/// spec: VFU-78
+#[test]
+fn a_device_that_does_not_unmap_keeps_its_map_until_it_is_asked_again() {
+    let device = Arc::new(FakeDevice::new());
+    let memory = space();
+    let mediated =
+        MediatedDevice::with_mediator(device.clone(), Arc::clone(&memory), Default::default(), |_| Ok(None)).unwrap();
+    let fd = pages(4, Seal::Open);
+    mediated.dma_map_client(file(&fd, IOVA, 4, 0)).unwrap();
+    mediated.region_write(CONFIG, COMMAND, &[6, 0]).unwrap();
+    device.fail("dma_unmap", vfio_mediate::device::ErrorKind::Failed, Errno::IO);
+    assert_eq!(mediated.client_lost().unwrap_err().errno(), Errno::IO);
+    assert_eq!((memory.mappings().len(), device.command() & 4), (1, 0));
+    device.heal();
+    mediated.client_lost().unwrap();
     assert!(memory.mappings().is_empty() && device.maps.lock().unwrap().is_empty());
 }

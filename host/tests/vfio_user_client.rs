@@ -402,7 +402,7 @@ fn the_client_that_is_killed() {
     let Some(path) = std::env::var_os(VICTIM) else { return };
     let (path, round) = path.to_str().unwrap().rsplit_once(':').map(|(path, round)| (path.to_owned(), round)).unwrap();
     let round: u8 = round.parse().unwrap();
-    let side = Side::new(Path::new(&path), round % 2 == 0);
+    let side = Side::new(Path::new(&path), round.is_multiple_of(2));
     // A client that is lost leaves no bus mastering behind; all else is as it was.
     enable(&side.client);
     side.client.region_write(2, 8192, &[round; 16]).unwrap();

@@ -262,7 +262,8 @@ fn what_the_device_wrote_is_reported_once_to_whom_it_arrived() {
     // A report that nobody takes, behind replies that nobody takes: it is given back, and the VM's other device has it.
     doorbell(&mut client, 0x9000);
     let read = message(1, Command::RegionRead, &access(2, 4096, 0x1000, &[]), false);
-    for _ in 0..100 {
+    // More than any socket's buffer takes, and as many as can wait.
+    for _ in 0..3500 {
         client.send(&read);
     }
     let data = [0, SIZE, 4096].map(u64::to_le_bytes).concat();

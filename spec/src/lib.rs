@@ -1,6 +1,7 @@
 //! Conformance suites, the lab, and the tidy checks of vfio-mediate.
 
 pub mod device_suite;
+pub mod fuzz;
 pub mod lab;
 pub mod prove;
 

@@ -244,10 +244,15 @@ fn tell_report(story: &Story, report: &serde_json::Value) {
 
 /// The guest has arrived, goes on, and finds every byte where it left it.
 fn judge_arrival(story: &Story, destination: &mut HostProcess, more_rounds: u64) -> anyhow::Result<u64> {
-    destination.wait_for("arrival of the guest", PATIENCE, |event| (*event == Event::Running).then_some(()))?;
-    let pages = destination.wait_for("check on arrival", PATIENCE, |event| match event {
-        Event::Checked { pages } => Some(*pages),
-        _ => None,
+    // The guest may have looked around before its host says that it runs.
+    let (mut runs, mut checked) = (false, None);
+    let pages = destination.wait_for("arrival of the guest, and its check", PATIENCE, |event| {
+        match event {
+            Event::Running => runs = true,
+            Event::Checked { pages } => checked = Some(*pages),
+            _ => {}
+        }
+        checked.filter(|_| runs)
     })?;
     story.tell(format!("destination: guest arrived, {} pages and the device's registers are right", grouped(pages)));
     let arrived_with = destination.wait_for("progress of the guest", PATIENCE, |event| match event {

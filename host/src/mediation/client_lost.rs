@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use super::config::{COMMAND, COMMAND_MASTER};
 use super::device::MediatedDevice;
 use super::error::Result;
-use super::gate::Reason;
+use super::gate::{CloseError, Reason};
 use super::mediator::TrapMap;
 use super::{MediationError, lock};
 use crate::device::{CONFIG_REGION, IrqAction, IrqData, IrqSet};
@@ -20,8 +20,9 @@ impl MediatedDevice {
     /// read), and nothing of the client's is mapped. Then tracking ends, if he had begun it. Nothing else of the device
     /// changes: the next client finds its registers and its migration state.
     ///
-    /// Everything is tried; the first thing that failed is returned. A map that the device did not let go of is still there, and the
-    /// call may be repeated.
+    /// Everything is tried, also of a device that has failed; the first thing that failed is returned. A map that the device did not
+    /// let go of is still there, and the call may be repeated. Nothing has changed if the device was not to be had alone, or does
+    /// not resume.
     pub fn client_lost(&self) -> Result<()> {
         let token = self.lane.enter(self.drain_deadline())?;
         let quiet = || {
@@ -30,18 +31,23 @@ impl MediatedDevice {
             let active = lock(&self.tracking).take();
             done.and(active.map_or(Ok(()), |active| Ok(self.end_tracking(&active)?)))
         };
-        // A device that sleeps is resumed for it. Who cannot have the device alone finds it closed for good, or failed: nobody
-        // else gets in either, and its maps go all the same.
-        let mut done = None;
+        // A device that sleeps is resumed for it.
+        let mut done = Ok(());
         let alone = self.alone(Reason::Reconfiguring, self.drain_deadline(), || {
-            done = Some(quiet());
+            done = quiet();
             Ok(())
         });
-        let done = done.unwrap_or_else(quiet).and(alone);
-        let switched = done.and_then(|()| self.switch_table(TrapMap::Normal));
+        let done = match alone {
+            Ok(()) => done.and_then(|()| self.switch_table(TrapMap::Normal)),
+            // Failed or closed: nobody else gets in any more.
+            Err(MediationError::Close(CloseError::Gone(_))) => quiet(),
+            // Failed just now, with accesses in it that do not end.
+            Err(error @ MediationError::Close(CloseError::DrainTimeout)) => quiet().and(Err(error)),
+            Err(error) => Err(error),
+        };
         drop(token);
         self.attend();
-        switched
+        done
     }
 
     /// Hooks that keep eventfds of their own are told, too.
@@ -68,6 +74,10 @@ impl MediatedDevice {
     }
 
     fn end_bus_mastering(&self) -> Result<()> {
+        if self.entered().is_some() {
+            // Failed in its sleep: nothing reaches it, and it does nothing.
+            return Ok(());
+        }
         let mut command = [0; 2];
         self.device().region_read(CONFIG_REGION, COMMAND, &mut command)?;
         let command = u16::from_le_bytes(command);

@@ -101,7 +101,8 @@ impl MediatedDevice {
     }
 
     /// Takes the maps inside the range away; EINVAL when one is cut. What the device wrote there is in the dirty log when
-    /// this returns, and nothing of this host touches a client's memory there any more.
+    /// this returns, and nothing of this host touches a client's memory there any more; EBUSY where a copy does not end, though
+    /// the map is gone.
     pub fn dma_unmap(&self, iova: u64, length: u64) -> Result<()> {
         self.in_lane(|| {
             self.with_pass(Class::Control, || {
@@ -137,9 +138,9 @@ impl MediatedDevice {
         last(map);
         self.shared.maps().remove(&map.iova);
         // The VM's other devices go on using theirs.
-        self.leave(map);
+        let left = self.shared.leave(map);
         self.tell(abi::EVENT_DMA_UNMAP, [map.iova, map.length, 0]);
-        Ok(())
+        Ok(left?)
     }
 
     fn leave(&self, map: &IovaMapping) {
@@ -152,9 +153,13 @@ impl MediatedDevice {
         let range = || format!("unmapping {length:#x} bytes at {iova:#x}");
         let last = length.checked_sub(1).and_then(|length| iova.checked_add(length));
         let last = last.ok_or_else(|| MediationError::refused(range(), Errno::INVAL))?;
-        let maps = self.shared.mappings();
         let end = |map: &IovaMapping| map.iova + (map.length - 1);
-        let touched: Vec<IovaMapping> = maps.into_iter().filter(|map| map.iova <= last && end(map) >= iova).collect();
+        let touched: Vec<IovaMapping> = {
+            // There may be many: only the range, and what begins before it and may reach into it, is looked at.
+            let maps = self.shared.maps();
+            let before = maps.range(..iova).next_back().filter(|(_, map)| end(map) >= iova);
+            before.into_iter().chain(maps.range(iova..=last)).map(|(_, map)| *map).collect()
+        };
         if touched.iter().any(|map| map.iova < iova || end(map) > last) {
             return Err(MediationError::refused(range(), Errno::INVAL));
         }

@@ -367,7 +367,8 @@ impl AddressSpace {
         result
     }
 
-    /// What covers a range, held so that no unmap returns before it is let go. Nothing is touched and nobody asked yet.
+    /// What covers a range, held so that no unmap returns before it is let go: each part is, once it has been dealt with. Nothing
+    /// is touched and nobody asked yet.
     fn parts(&self, iova: u64, length: u64, access: Access) -> Result<Vec<Part<'_>>, MemoryError> {
         lock_order::calling_out();
         let clients = self.clients()?;
@@ -386,6 +387,8 @@ impl AddressSpace {
             };
             parts.push(Part { piece, within: piece.ram_offset - entry.map.ram_offset, iova: iova + piece.at, source });
         })?;
+        // Files first: who waits for a client must not keep him from unmapping one.
+        parts.sort_by_key(|part| matches!(part.source, Source::Messages(_)));
         Ok(parts)
     }
 }

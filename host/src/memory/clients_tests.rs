@@ -234,9 +234,12 @@ fn copies_race_with_a_client_who_cuts_his_file_off() {
         });
         let mut data = vec![1; 64 * P as usize];
         let (mut done, mut failed) = (0, 0);
-        while !stop.load(Ordering::SeqCst) {
+        loop {
             for result in [space.write(IOVA, &data), space.read(IOVA, &mut data)] {
                 *(if result.is_ok() { &mut done } else { &mut failed }) += 1;
+            }
+            if stop.load(Ordering::SeqCst) {
+                break;
             }
         }
         assert!(done + failed > 0);
@@ -344,6 +347,42 @@ fn a_client_is_asked_with_nothing_locked() {
     space.read(IOVA, &mut seen).unwrap();
     assert_eq!(seen, [9; 4]);
     assert_eq!(space.write(IOVA, &seen).unwrap_err().errno(), Errno::NODEV);
+}
+
+/// A client that unmaps the file beside what it is asked for.
+#[derive(Debug)]
+struct Unmapping {
+    space: Arc<AddressSpace>,
+}
+
+impl ClientAccess for Unmapping {
+    fn read(&self, _: u64, data: &mut [u8]) -> Result<(), Errno> {
+        data.fill(1);
+        self.space.unmap(IOVA + P, P).map(drop).map_err(|error| error.errno())
+    }
+
+    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Errno> {
+        self.read(iova, &mut vec![0; data.len()])
+    }
+}
+
+/// spec: VFU-75
+#[test]
+fn a_client_that_is_asked_may_unmap_the_rest_of_the_transfer() {
+    let (space, fd) = (space(8), open_memfd(1));
+    let source = ClientSource::Messages(Arc::new(Unmapping { space: Arc::clone(&space) }));
+    space.join_client(ClientMap { iova: IOVA, length: P, read: true, write: true, source }, 1).unwrap();
+    for _ in 0..2 {
+        space.join_client(file(&fd, IOVA + P, 1, 0), 1).unwrap();
+        let begun = Instant::now();
+        space.read(IOVA + P - 4, &mut [0; 8]).unwrap();
+        space.join_client(file(&fd, IOVA + P, 1, 0), 1).unwrap();
+        space.write(IOVA + P - 4, &[7; 8]).unwrap();
+        assert!(begun.elapsed() < COPY_WAIT, "nobody waited");
+    }
+    let mut seen = [0; 5];
+    rustix::io::pread(&fd, &mut seen, 0).unwrap();
+    assert_eq!(seen, [7, 7, 7, 7, 0]);
 }
 
 /// spec: MEM-43

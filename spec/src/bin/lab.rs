@@ -11,10 +11,11 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
 use serde_json::json;
-use vfio_mediate_spec::lab::cases::{Case, Programs, all};
-use vfio_mediate_spec::lab::{Lab, Machine, boot, boot_pair};
+use vfio_mediate_spec::lab::cases::{Case, Programs, Settings, Work, all};
+use vfio_mediate_spec::lab::{Lab, Machine, Outcome, boot, boot_pair};
 
-/// Runs the cases on a real kernel: an emulated machine with an IOMMU, vfio-pci, SR-IOV VFs and edu devices.
+/// Runs the cases on a real kernel: an emulated machine with an IOMMU, vfio-pci, SR-IOV VFs and edu devices; with `--all` also those in
+/// which stock QEMU boots guests with served devices, which take minutes.
 ///
 /// Needs Debian packages (it names those that are missing), 3 GB of free space once, no KVM and no VFIO of this machine.
 /// Exit code: 0 all cases passed, 1 a case failed, 2 wrong use.
@@ -24,12 +25,21 @@ struct Cli {
     /// Only the cases with these names
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
+    /// Also the long cases, in which VMMs boot guests
+    #[arg(long)]
+    all: bool,
     /// Show the cases and end
     #[arg(long)]
     list: bool,
     /// One JSON object per case instead of text
     #[arg(long)]
     json: bool,
+    /// Fewer rounds of what is repeated at random points
+    #[arg(long)]
+    quick: bool,
+    /// What is random follows from it [default: another one each time, which is printed]
+    #[arg(long, value_name = "NUMBER")]
+    seed: Option<u64>,
     /// Everything that the machines print
     #[arg(long, short)]
     verbose: bool,
@@ -63,7 +73,8 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
     }
     if cli.list {
         for case in &cases {
-            println!("{:10} {}", case.name, case.about);
+            let when = if case.is_long() { " (--all)" } else { "" };
+            println!("{:15} {}{when}", case.name, case.about);
         }
         return Ok(true);
     }
@@ -74,12 +85,19 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
     }
     if let Some(script) = &cli.script {
         let mut machine = Machine::new(script);
-        machine.files = [programs.device_suite, programs.demo, programs.host, programs.plugin_edu].into();
+        machine.files =
+            [programs.device_suite, programs.demo, programs.host, programs.plugin_edu, programs.plugin_witness].into();
         return Ok(boot(&lab, &machine, |line| println!("{line}"))?.exit_code == 0);
     }
+    let seed = cli.seed.unwrap_or_else(a_seed);
+    let settings = Settings { quick: cli.quick, seed };
     let (mut passed, mut failed) = (0, 0);
-    for case in cases.iter().filter(|case| cli.only.is_empty() || cli.only.iter().any(|name| name == case.name)) {
-        match run_case(&lab, case, cli) {
+    let is_wanted = |case: &&Case| match &cli.only[..] {
+        [] => cli.all || !case.is_long(),
+        only => only.iter().any(|name| name == case.name),
+    };
+    for case in cases.iter().filter(is_wanted) {
+        match run_case(&lab, case, &programs, &settings, cli) {
             Ok(()) => passed += 1,
             Err(error) => {
                 failed += 1;
@@ -91,7 +109,11 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
     Ok(failed == 0)
 }
 
-fn run_case(lab: &Lab, case: &Case, cli: &Cli) -> anyhow::Result<()> {
+fn a_seed() -> u64 {
+    std::time::UNIX_EPOCH.elapsed().map_or(0, |time| u64::from(time.subsec_nanos()))
+}
+
+fn run_case(lab: &Lab, case: &Case, programs: &Programs, settings: &Settings, cli: &Cli) -> anyhow::Result<()> {
     let started = Instant::now();
     // Shown again when the case fails: what came before the failure explains it.
     let heard = Mutex::new(Vec::new());
@@ -102,10 +124,17 @@ fn run_case(lab: &Lab, case: &Case, cli: &Cli) -> anyhow::Result<()> {
         }
         heard.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(format!("{side}{line}"));
     };
-    let ended = if case.pair {
-        boot_pair(lab, &case.machine, |side, line| hear(&format!("{side}: "), line)).map(Vec::from)
-    } else {
-        boot(lab, &case.machine, |line| hear("", line)).map(|outcome| vec![outcome])
+    let ended = match &case.work {
+        Work::One(machine) => boot(lab, machine, |line| hear("", line)).map(|outcome| vec![outcome]),
+        Work::Pair(machine) => boot_pair(lab, machine, |side, line| hear(&format!("{side}: "), line)).map(Vec::from),
+        Work::Here(work) => {
+            let mut lines = Vec::new();
+            let done = work(lab, programs, settings, &mut |line: &str| {
+                hear("", line);
+                lines.push(line.to_owned());
+            });
+            done.map(|()| vec![Outcome { exit_code: 0, lines }])
+        }
     };
     let heard = heard.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     let judged = ended.and_then(|outcomes| {
@@ -158,5 +187,8 @@ fn build(workspace: &Path, only_name_them: bool) -> anyhow::Result<Programs> {
         demo: folder.join("demo"),
         host: folder.join("vfio-mediate"),
         plugin_edu: folder.join("libvfio_mediate_plugin_edu.so"),
+        plugin_witness: folder.join("libvfio_mediate_plugin_witness.so"),
+        guest_edu: folder.join("guest-edu"),
+        vf_mac: folder.join("vf-mac"),
     })
 }

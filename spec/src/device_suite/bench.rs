@@ -20,6 +20,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const COMMAND: u64 = 4;
 pub const BUS_MASTER: u16 = 1 << 2;
 
+const STATUS: u64 = 6;
+const STATUS_INTX: u16 = 1 << 3;
+
 /// INTx, MSI and MSI-X, as `VFIO_PCI_*_IRQ_INDEX`.
 pub const INTX: u32 = 0;
 pub const MSI: u32 = 1;
@@ -70,6 +73,13 @@ impl<'a> Bench<'a> {
 
     pub fn write_command(&self, command: u16) -> Result<()> {
         Ok(self.device.region_write(CONFIG_REGION, COMMAND, &command.to_le_bytes())?)
+    }
+
+    /// Whether STATUS shows an INTx that is asserted.
+    pub fn asserts_intx(&self) -> Result<bool> {
+        let mut data = [0; 2];
+        self.device.region_read(CONFIG_REGION, STATUS, &mut data)?;
+        Ok(u16::from_le_bytes(data) & STATUS_INTX != 0)
     }
 
     pub fn set_bus_master(&self, on: bool) -> Result<()> {

@@ -256,12 +256,14 @@ fn intx(bench: &Bench<'_>) -> Result<()> {
     bench.with_irqs(INTX, |[event]| {
         bench.write32(BAR, REG_IRQ_RAISE, 2)?;
         bench.wait_for(event, "INTx")?;
+        ensure!(bench.asserts_intx()?, "STATUS does not show the interrupt, which a guest's driver asks");
         bench.ensure_silent(event, "masked with its first interrupt, and still asserted")?;
         unmask()?;
         bench.wait_for(event, "a level that is still asserted when unmasked")?;
         acknowledge(bench)?;
         unmask()?;
         bench.ensure_silent(event, "acknowledged and unmasked")?;
+        ensure!(!bench.asserts_intx()?, "STATUS shows an interrupt that was acknowledged");
         bench.set_irqs(INTX, 0, 1, IrqAction::Mask, IrqData::None)?;
         bench.write32(BAR, REG_IRQ_RAISE, 4)?;
         bench.ensure_silent(event, "masked by us")?;

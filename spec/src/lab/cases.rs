@@ -6,8 +6,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::Machine;
 use super::power::low_power;
+use super::vfio_user;
+use super::{Lab, Machine};
 
 /// The programs that the cases run, built before.
 #[derive(Debug, Clone)]
@@ -16,17 +17,47 @@ pub struct Programs {
     pub demo: PathBuf,
     pub host: PathBuf,
     pub plugin_edu: PathBuf,
+    pub plugin_witness: PathBuf,
+    pub guest_edu: PathBuf,
+    pub vf_mac: PathBuf,
+}
+
+/// What a case does.
+#[derive(Debug, Clone)]
+pub enum Work {
+    One(Machine),
+    /// Two machines, joined
+    Pair(Machine),
+    /// Programs of this machine, and machines that it boots for them; `ok` and `FAIL` are its own
+    Here(Here),
+}
+
+/// Ends with an error, or has told every promise that was kept.
+pub type Here = fn(&Lab, &Programs, &Settings, &mut dyn FnMut(&str)) -> anyhow::Result<()>;
+
+/// What an operator chooses.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Fewer rounds
+    pub quick: bool,
+    /// Whatever is random follows from it
+    pub seed: u64,
 }
 
 #[derive(Debug, Clone)]
 pub struct Case {
     pub name: &'static str,
     pub about: &'static str,
-    pub machine: Machine,
-    /// Two machines, joined
-    pub pair: bool,
+    pub work: Work,
     /// At least so many lines must begin with `ok`: a script that runs nothing has not passed
     pub least_ok: usize,
+}
+
+impl Case {
+    /// Stock VMMs boot guests in it: minutes of emulation, only when they are asked for.
+    pub fn is_long(&self) -> bool {
+        self.name.starts_with("vfio-user-")
+    }
 }
 
 /// edu reaches only 28 bits unless it is told otherwise; scratch memory lies above guest RAM.
@@ -42,6 +73,10 @@ pub fn all(programs: &Programs) -> Vec<Case> {
         low_power(programs),
         demo(programs),
         demo_pair(programs),
+        vfio_user::edu(),
+        vfio_user::suite(),
+        vfio_user::kills(),
+        vfio_user::nested(),
     ]
 }
 
@@ -62,8 +97,7 @@ exit $code";
     Case {
         name: "devices",
         about: "the device suite on edu and on an igb VF, by group and by cdev",
-        machine: machine(&[&programs.device_suite], script),
-        pair: false,
+        work: Work::One(machine(&[&programs.device_suite], script)),
         least_ok: 80,
     }
 }
@@ -92,8 +126,7 @@ exit $code"
     Case {
         name: "mtty",
         about: "the kernel's own migration v2: the mtty sample device saves, loads, logs",
-        machine,
-        pair: false,
+        work: Work::One(machine),
         least_ok: 30,
     }
 }
@@ -112,8 +145,7 @@ exit $code";
     Case {
         name: "vf-token",
         about: "a VF of a PF on vfio-pci opens with the PF's token only, by group and by cdev",
-        machine,
-        pair: false,
+        work: Work::One(machine),
         least_ok: 2,
     }
 }
@@ -139,8 +171,7 @@ exit $code";
     Case {
         name: "kvm",
         about: "KVM learns of a device's file and lets it go, by group and by cdev; VMs exit while devices are open",
-        machine,
-        pair: false,
+        work: Work::One(machine),
         least_ok: 42,
     }
 }
@@ -172,8 +203,7 @@ done"
     Case {
         name: "mtty-hosts",
         about: "two hosts migrate the kernel's mtty device, which no plug-in claims",
-        machine,
-        pair: false,
+        work: Work::One(machine),
         least_ok: 2,
     }
 }
@@ -192,8 +222,7 @@ done"
     Case {
         name: "demo",
         about: "the demo with two real edu devices in one machine, by group and by cdev",
-        machine,
-        pair: false,
+        work: Work::One(machine),
         least_ok: 2,
     }
 }
@@ -221,8 +250,7 @@ meet done"
     Case {
         name: "demo-pair",
         about: "the demo between two machines that are joined by a network",
-        machine,
-        pair: true,
+        work: Work::Pair(machine),
         least_ok: 2,
     }
 }

@@ -15,9 +15,27 @@ use anyhow::{Context, bail, ensure};
 use super::Lab;
 use super::initramfs::Initramfs;
 
+/// What is in a machine besides what its case adds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// An IOMMU, an igb with VFs, edu devices, all of them but the PF on vfio-pci
+    Passthrough,
+    /// Nothing, and no modules but those that the case names
+    Bare,
+}
+
+/// A folder of this machine, and where it is mounted.
+#[derive(Debug, Clone)]
+pub struct Share {
+    pub folder: PathBuf,
+    pub place: String,
+    pub read_only: bool,
+}
+
 /// What a case wants of its machine.
 #[derive(Debug, Clone)]
 pub struct Machine {
+    pub kind: Kind,
     /// Runs in the machine's shell with the devices' names in its environment: PF, PF_NET, VF0 .., EDU0 ..
     pub script: String,
     /// Host files to be found in /case; the libraries that they need come along
@@ -30,8 +48,7 @@ pub struct Machine {
     pub timeout: Duration,
     /// Further QEMU arguments
     pub qemu: Vec<String>,
-    /// Host folders and where they are mounted
-    pub shares: Vec<(PathBuf, String)>,
+    pub shares: Vec<Share>,
     pub environment: Vec<(String, String)>,
     /// The PF's netdev without its id, the PF's MAC and, for a pair, its address
     pub network: (String, String, String),
@@ -40,6 +57,7 @@ pub struct Machine {
 impl Machine {
     pub fn new(script: impl Into<String>) -> Self {
         Self {
+            kind: Kind::Passthrough,
             script: script.into(),
             files: Vec::new(),
             modules: Vec::new(),
@@ -52,6 +70,17 @@ impl Machine {
             environment: Vec::new(),
             network: ("hubport,hubid=0".into(), "52:54:00:aa:00:01".into(), String::new()),
         }
+    }
+
+    /// A guest, with nothing in it but what `qemu` adds.
+    pub fn bare(script: impl Into<String>) -> Self {
+        Self { kind: Kind::Bare, vfs: 0, edus: 0, memory_mib: 256, ..Self::new(script) }
+    }
+
+    fn modules(&self) -> impl Iterator<Item = &str> {
+        let own: &[&str] = if self.kind == Kind::Passthrough { &MODULES } else { &[] };
+        let shares: &[&str] = if self.shares.is_empty() { &[] } else { &["9p", "9pnet_virtio"] };
+        own.iter().chain(&self.modules).chain(shares).copied()
     }
 }
 
@@ -68,15 +97,8 @@ const MODULES: [&str; 3] = ["vfio_iommu_type1", "vfio_pci", "igb"];
 pub fn boot(lab: &Lab, machine: &Machine, mut heard: impl FnMut(&str)) -> anyhow::Result<Outcome> {
     let work = tempfile::tempdir().context("a folder for the machine's files")?;
     let initrd = work.path().join("initrd");
-    let mut file = std::io::BufWriter::new(std::fs::File::create(&initrd)?);
-    initramfs(lab, machine)?.write(&mut file)?;
-    std::io::Write::flush(&mut file)?;
-    drop(file);
-
-    // QEMU must not outlive the lab, however the lab ends.
-    let mut qemu = Command::new("setpriv")
-        .args(["--pdeathsig", "KILL", "--"])
-        .arg(lab.folder.join("qemu/run"))
+    write_initramfs(lab, machine, &initrd)?;
+    let mut qemu = qemu(lab)
         .args(arguments(lab, machine, &initrd))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -131,6 +153,20 @@ pub fn boot(lab: &Lab, machine: &Machine, mut heard: impl FnMut(&str)) -> anyhow
     }
 }
 
+/// The lab's QEMU, which must not outlive the lab, however the lab ends.
+pub(super) fn qemu(lab: &Lab) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(lab.folder.join("qemu/run"));
+    command
+}
+
+/// A machine's whole file system, for a machine that something else starts.
+pub(super) fn write_initramfs(lab: &Lab, machine: &Machine, path: &Path) -> anyhow::Result<()> {
+    let mut file = std::io::BufWriter::new(std::fs::File::create(path)?);
+    initramfs(lab, machine)?.write(&mut file)?;
+    Ok(std::io::Write::flush(&mut file)?)
+}
+
 fn verdict(console: &str) -> Option<Result<i32, String>> {
     let said = console.lines().filter_map(|line| line.trim().strip_prefix("LAB ")).next_back()?;
     Some(match said.strip_prefix("exit ").map(str::parse) {
@@ -161,10 +197,9 @@ fn initramfs(lab: &Lab, machine: &Machine) -> anyhow::Result<Initramfs> {
     let order = std::fs::read_to_string(lab.folder.join("load-order")).context("the lab's load order")?;
     let needs: HashMap<&str, &str> = order.lines().filter_map(|line| line.split_once(": ")).collect();
     let mut load: Vec<&str> = Vec::new();
-    let shares: &[&str] = if machine.shares.is_empty() { &[] } else { &["9p", "9pnet_virtio"] };
-    for module in MODULES.iter().chain(&machine.modules).chain(shares) {
+    for module in machine.modules() {
         let before = needs.get(module).with_context(|| format!("the lab has no module {module}"))?;
-        for name in before.split_whitespace().chain([*module]) {
+        for name in before.split_whitespace().chain([module]) {
             if !load.contains(&name) {
                 load.push(name);
                 tree.file(&lab.folder.join(format!("modules/{name}.ko")), &format!("lab/modules/{name}.ko"))?;
@@ -187,7 +222,7 @@ fn initramfs(lab: &Lab, machine: &Machine) -> anyhow::Result<Initramfs> {
 
 fn settings(machine: &Machine) -> String {
     let shares: Vec<String> =
-        machine.shares.iter().enumerate().map(|(n, (_, place))| format!("share{n}:{place}")).collect();
+        machine.shares.iter().enumerate().map(|(n, share)| format!("share{n}:{}", share.place)).collect();
     let mut text = format!("vfs={}\naddress='{}'\nshares='{}'\n", machine.vfs, machine.network.2, shares.join(" "));
     for (name, value) in &machine.environment {
         text.push_str(&format!("export {name}='{value}'\n"));
@@ -214,36 +249,48 @@ fn libraries(file: &Path) -> anyhow::Result<Vec<PathBuf>> {
         .collect())
 }
 
+const KERNEL: &str = "console=ttyS0 panic=-1 quiet loglevel=4 tsc=reliable no_timer_check random.trust_cpu=on mitigations=off \
+                      nokaslr lsm=capability audit=0 cryptomgr.notests";
+
 fn arguments(lab: &Lab, machine: &Machine, initrd: &Path) -> Vec<String> {
-    let kernel = "console=ttyS0 panic=-1 quiet loglevel=4 tsc=reliable no_timer_check random.trust_cpu=on mitigations=off nokaslr \
-                  lsm=capability audit=0 cryptomgr.notests intel_iommu=on";
     let mut words: Vec<String> = [
         "-nodefaults -no-user-config -display none -no-reboot",
         "-M q35,usb=off,smbus=off -accel tcg,thread=multi -cpu max -smp 2",
         "-serial file:/dev/stderr -chardev stdio,id=case,signal=off -serial chardev:case",
-        "-device intel-iommu,intremap=on,caching-mode=on,device-iotlb=on",
-        "-device pcie-root-port,id=port0,chassis=1,slot=1",
     ]
     .iter()
     .flat_map(|line| line.split_whitespace().map(str::to_owned))
     .collect();
+    let mut kernel = KERNEL.to_owned();
+    if machine.kind == Kind::Passthrough {
+        kernel.push_str(" intel_iommu=on");
+        passthrough(machine, &mut words);
+    }
     let mut give = |name: &str, value: String| words.extend([name.to_owned(), value]);
     give("-m", machine.memory_mib.to_string());
     give("-kernel", lab.folder.join("vmlinux").display().to_string());
     give("-initrd", initrd.display().to_string());
-    give("-append", kernel.to_owned());
-    let (netdev, mac, _) = &machine.network;
-    give("-netdev", format!("{netdev},id=net0"));
-    give("-device", format!("igb,bus=port0,netdev=net0,mac={mac},romfile="));
-    for n in 0..machine.edus {
-        give("-device", format!("edu,addr={:#x}", 0x10 + n));
-    }
-    for (n, (folder, _)) in machine.shares.iter().enumerate() {
-        let path = folder.display().to_string().replace(',', ",,");
-        give("-virtfs", format!("local,path={path},mount_tag=share{n},security_model=none"));
+    give("-append", kernel);
+    for (n, share) in machine.shares.iter().enumerate() {
+        let path = share.folder.display().to_string().replace(',', ",,");
+        let read_only = if share.read_only { ",readonly=on" } else { "" };
+        give("-virtfs", format!("local,path={path},mount_tag=share{n},security_model=none{read_only}"));
     }
     words.extend(machine.qemu.iter().cloned());
     words
+}
+
+/// The devices of such a machine.
+fn passthrough(machine: &Machine, words: &mut Vec<String>) {
+    let mut device = |value: String| words.extend(["-device".to_owned(), value]);
+    device("intel-iommu,intremap=on,caching-mode=on,device-iotlb=on".to_owned());
+    device("pcie-root-port,id=port0,chassis=1,slot=1".to_owned());
+    let (netdev, mac, _) = &machine.network;
+    device(format!("igb,bus=port0,netdev=net0,mac={mac},romfile="));
+    for n in 0..machine.edus {
+        device(format!("edu,addr={:#x}", 0x10 + n));
+    }
+    words.extend(["-netdev".to_owned(), format!("{netdev},id=net0")]);
 }
 
 /// Boots two machines whose PFs are joined, and runs `script` in both, with SIDE (A or B), OWN and PEER (addresses) in
@@ -258,7 +305,7 @@ pub fn boot_pair(lab: &Lab, machine: &Machine, heard: impl Fn(&str, &str) + Sync
         let netdev =
             format!("dgram,local.type=unix,local.path={},remote.type=unix,remote.path={}", wire(side), wire(other));
         half.network = (netdev, format!("52:54:00:aa:00:{own:02x}"), format!("10.77.0.{own}"));
-        half.shares.push((shared.clone(), "/pair".into()));
+        half.shares.push(Share { folder: shared.clone(), place: "/pair".into(), read_only: false });
         half.environment.extend([
             ("SIDE".to_owned(), side.to_owned()),
             ("OWN".to_owned(), format!("10.77.0.{own}")),

@@ -7,13 +7,14 @@ pub mod cases;
 mod initramfs;
 mod machine;
 mod power;
+mod vfio_user;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, ensure};
 
-pub use machine::{Machine, Outcome, boot, boot_pair};
+pub use machine::{Kind, Machine, Outcome, Share, boot, boot_pair};
 
 /// A bootstrapped lab.
 #[derive(Debug, Clone)]

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::cases::{Case, Programs, machine};
+use super::cases::{Case, Programs, Work, machine};
 
 const SCRIPT: &str = "
 code=0
@@ -87,8 +87,7 @@ pub(super) fn low_power(programs: &Programs) -> Case {
     Case {
         name: "low-power",
         about: "a PF and VFs on vfio-pci reach D3hot and come back, and an unbind is waited for, by group and by cdev",
-        machine,
-        pair: false,
+        work: Work::One(machine),
         least_ok: 42,
     }
 }

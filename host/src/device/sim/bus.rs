@@ -9,7 +9,9 @@ use vfio_bindings::bindings::vfio::{
     VFIO_PCI_ROM_REGION_INDEX, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
 };
 
-use super::config::{COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_MEMORY, Ids, PciConfig, SIZE};
+use super::config::{
+    COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_MEMORY, Ids, PciConfig, SIZE, STATUS, STATUS_INTX,
+};
 use super::dma::{Ask, DmaFaultKind, DmaSpace, Transfer};
 use super::irq::Irqs;
 use super::power::{PowerModel, Resumed, Touch, Watch};
@@ -149,6 +151,11 @@ impl Bus {
     /// The caller has checked the range against [`SIZE`].
     pub(super) fn config_read(&self, offset: u64, data: &mut [u8]) {
         data.copy_from_slice(&self.config.bytes()[offset as usize..][..data.len()]);
+        // A driver that shares its interrupt looks here whether it is its own device's.
+        let status = STATUS.checked_sub(offset).and_then(|at| data.get_mut(at as usize));
+        if let Some(status) = status.filter(|_| self.irqs.level()) {
+            *status |= STATUS_INTX;
+        }
     }
 
     pub(super) fn config_write(&mut self, offset: u64, data: &[u8]) {

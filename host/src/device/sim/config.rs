@@ -5,6 +5,9 @@ pub(super) const COMMAND: usize = 0x04;
 pub(super) const COMMAND_MEMORY: u16 = 1 << 1;
 pub(super) const COMMAND_BUS_MASTER: u16 = 1 << 2;
 pub(super) const COMMAND_INTX_DISABLE: u16 = 1 << 10;
+/// The low byte of `PCI_STATUS`, and its bit for an INTx that is asserted.
+pub(super) const STATUS: u64 = 0x06;
+pub(super) const STATUS_INTX: u8 = 1 << 3;
 /// I/O, memory, bus master, parity, SERR, INTx disable.
 const COMMAND_WRITABLE: u16 = 0x0547;
 const MSI_ENABLE: u8 = 1;

@@ -136,7 +136,8 @@ impl DmaSpace {
         if cut(iova) || last.checked_add(1).is_some_and(cut) {
             return Err(Errno::INVAL);
         }
-        self.maps.retain(|at, _| *at < iova || *at > last);
+        // Not `retain`: a client may have many.
+        self.maps.extract_if(iova..=last, |_, _| true).for_each(drop);
         Ok(())
     }
 

@@ -233,6 +233,31 @@ fn intx_is_a_level_that_masks_itself() {
     assert_eq!(signals(&rig.irq(0)), 1);
 }
 
+/// spec: SIM-14
+#[test]
+fn the_status_register_shows_intx_whoever_masks_it() {
+    let rig = rig();
+    let _intx = rig.irq(0);
+    let shown = |offset: u64, length: usize| {
+        let mut data = vec![0; length];
+        rig.edu.region_read(CONFIG_REGION, offset, &mut data).unwrap();
+        data[(6 - offset) as usize] & 8 != 0
+    };
+    for (offset, length) in [(6, 1), (6, 2), (4, 4), (0, 7)] {
+        assert!(!shown(offset, length));
+    }
+    rig.w4(0x60, 1);
+    rig.edu.region_write(CONFIG_REGION, 4, &[0x06, 0x04]).unwrap();
+    for (offset, length) in [(6, 1), (6, 2), (4, 4), (0, 7)] {
+        assert!(shown(offset, length));
+    }
+    let mut neighbours = [0; 6];
+    rig.edu.region_read(CONFIG_REGION, 0, &mut neighbours).unwrap();
+    assert_eq!(neighbours[4..], [0x06, 0x04]);
+    rig.w4(0x64, 1);
+    assert!(!shown(6, 2));
+}
+
 #[test]
 fn irq_requests_that_vfio_refuses_are_refused() {
     let rig = rig();

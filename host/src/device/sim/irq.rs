@@ -114,6 +114,11 @@ impl Irqs {
         matches!(self.mode, Mode::Msi(_))
     }
 
+    /// The device asserts its INTx, whoever has masked it.
+    pub(super) fn level(&self) -> bool {
+        self.level
+    }
+
     /// The device raises or lowers its INTx.
     pub(super) fn set_level(&mut self, level: bool) {
         self.level = level;

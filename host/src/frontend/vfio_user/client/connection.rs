@@ -258,7 +258,7 @@ impl Connection {
             drop(state);
             let ready = socket::wait_for(self.socket(), PollFlags::IN, deadline);
             let received = match ready {
-                Ok(()) => self.receive_once(&mut reader, None, RecvFlags::DONTWAIT),
+                Ok(_) => self.receive_once(&mut reader, None, RecvFlags::DONTWAIT),
                 Err(Errno::TIMEDOUT) => Ok(()),
                 Err(errno) => Err(Failure::Receive(errno)),
             };
@@ -284,7 +284,7 @@ impl Connection {
                 RecvFlags::empty()
             } else {
                 match socket::wait_for(self.socket(), PollFlags::IN, deadline) {
-                    Ok(()) => RecvFlags::DONTWAIT,
+                    Ok(_) => RecvFlags::DONTWAIT,
                     Err(Errno::TIMEDOUT) => return Err(Failure::Unanswered),
                     Err(errno) => return Err(Failure::Receive(errno)),
                 }
@@ -497,7 +497,7 @@ impl Connection {
     fn make_room(&self, reader: Option<&mut Reader>, deadline: Instant) -> Result<(), Failure> {
         let what = if reader.is_some() { PollFlags::OUT | PollFlags::IN } else { PollFlags::OUT };
         match socket::wait_for(self.socket(), what, deadline) {
-            Ok(()) => reader.map_or(Ok(()), |reader| self.receive_once(reader, None, RecvFlags::DONTWAIT)),
+            Ok(_) => reader.map_or(Ok(()), |reader| self.receive_once(reader, None, RecvFlags::DONTWAIT)),
             Err(Errno::TIMEDOUT) => Err(Failure::Unanswered),
             Err(errno) => Err(Failure::Send(errno)),
         }

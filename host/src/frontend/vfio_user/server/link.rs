@@ -22,9 +22,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, Shutdown, shutdown};
+use rustix::net::{RecvFlags, Shutdown, shutdown, sockopt};
 
-use super::socket::{self, Received};
+use super::socket::{self, Received, Sending};
 use crate::frontend::vfio_user::session::{Message, Next, Output, Session, Ticket, Violation};
 use crate::memory::ClientAccess;
 
@@ -32,6 +32,8 @@ use crate::memory::ClientAccess;
 /// ends. QEMU is as patient with its server.
 pub const CLIENT_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Of the socket, in bytes: some of the longest messages.
+const SEND_BUFFER: usize = 4 << 20;
 /// Receives of a connection that has ended. No more can be in a socket's buffer of the usual size.
 const DRAINS_MAX: usize = 64;
 
@@ -90,6 +92,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Link {
     pub fn new(socket: OwnedFd, patience: Duration) -> Arc<Self> {
         let inbound = Inbound { session: Session::new(), receiver: Receiver::Nobody, waiting: 0, failure: None };
+        // A long reply goes in few steps; the kernel gives as much as the machine allows, and works without.
+        let _larger = sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
         let (inbound, changed) = (Mutex::new(inbound), Condvar::new());
         let (server, outbound) = (OnceLock::new(), Mutex::default());
         Arc::new(Self { socket, patience, inbound, changed, server, outbound })
@@ -158,7 +162,7 @@ impl Link {
         self.changed.notify_all();
     }
 
-    /// Sends a reply.
+    /// Sends a reply, all of it.
     pub fn reply(&self, out: &Output<OwnedFd>) -> Result<(), Failure> {
         let _right = lock(&self.outbound);
         self.send(&out.bytes, out.bulk(), &out.fds)
@@ -166,11 +170,46 @@ impl Link {
 
     /// The caller has the right to send.
     fn send(&self, bytes: &[u8], bulk: &[u8], fds: &[OwnedFd]) -> Result<(), Failure> {
-        socket::send_all(self.socket.as_fd(), bytes, bulk, fds, self.patience).map_err(|errno| {
+        self.send_in(&mut Sending::new(bytes, bulk, fds)).map_err(|errno| {
             let failure = if errno == Errno::PIPE { Failure::Closed } else { Failure::Send(errno) };
             self.end(failure);
             failure
         })
+    }
+
+    fn send_in(&self, message: &mut Sending<'_>) -> Result<(), Errno> {
+        if message.step(self.socket.as_fd())? {
+            return Ok(());
+        }
+        let deadline = Instant::now() + self.patience;
+        loop {
+            self.wait_for_room_to_send(deadline)?;
+            if message.step(self.socket.as_fd())? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// What comes meanwhile is received, as far as it can wait: a client may send many requests before it takes the first reply.
+    fn wait_for_room_to_send(&self, deadline: Instant) -> Result<(), Errno> {
+        let mut inbound = lock(&self.inbound);
+        if inbound.receiver != Receiver::Nobody || inbound.session.space().is_empty() {
+            drop(inbound);
+            return socket::wait_for(self.socket.as_fd(), PollFlags::OUT, deadline).map(drop);
+        }
+        inbound.receiver = Receiver::Waiter;
+        drop(inbound);
+        let ready = socket::wait_for(self.socket.as_fd(), PollFlags::IN | PollFlags::OUT, deadline);
+        let mut inbound = lock(&self.inbound);
+        let received = match ready {
+            Ok(flags) if flags.contains(PollFlags::IN) => {
+                socket::receive(self.socket.as_fd(), inbound.session.space(), RecvFlags::DONTWAIT)
+            }
+            _ => Err(Errno::AGAIN),
+        };
+        self.received(&mut inbound, received);
+        self.changed.notify_all();
+        ready.map(drop)
     }
 
     /// Reads the client's memory. The client's errno is the error; ENOTCONN: it is gone, ENOTCONN and the end of the connection
@@ -332,7 +371,7 @@ impl Link {
         let ready = socket::wait_for(self.socket.as_fd(), PollFlags::IN, deadline);
         let mut inbound = lock(&self.inbound);
         let received = match ready {
-            Ok(()) => socket::receive(self.socket.as_fd(), inbound.session.space(), RecvFlags::DONTWAIT),
+            Ok(_) => socket::receive(self.socket.as_fd(), inbound.session.space(), RecvFlags::DONTWAIT),
             Err(Errno::TIMEDOUT) => Err(Errno::AGAIN),
             Err(errno) => Err(errno),
         };

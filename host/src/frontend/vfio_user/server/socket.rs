@@ -6,7 +6,7 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -50,34 +50,32 @@ pub fn receive(socket: BorrowedFd<'_>, space: &mut [u8], flags: RecvFlags) -> Re
     Ok(Received { bytes: message.bytes, fds, fds_lost: message.flags.contains(ReturnFlags::CTRUNC) })
 }
 
-/// Sends `head` and `tail` as one message, and the descriptors with its first byte. EPIPE: the client is gone; ETIMEDOUT: it
-/// does not read, for all of `patience`. After an error part of it may have been sent.
-pub fn send_all(
-    socket: BorrowedFd<'_>,
-    head: &[u8],
-    tail: &[u8],
-    fds: &[OwnedFd],
-    patience: Duration,
-) -> Result<(), Errno> {
-    let total = head.len() + tail.len();
-    let mut sent = retry(|| send_first(socket, head, tail, fds))?;
-    if sent == total {
-        return Ok(());
+/// A message on its way: `head`, then `tail`, and the descriptors with its first byte.
+#[derive(Debug)]
+pub struct Sending<'a> {
+    head: &'a [u8],
+    tail: &'a [u8],
+    fds: &'a [OwnedFd],
+    sent: usize,
+}
+
+impl<'a> Sending<'a> {
+    pub fn new(head: &'a [u8], tail: &'a [u8], fds: &'a [OwnedFd]) -> Self {
+        Self { head, tail, fds, sent: 0 }
     }
-    let deadline = Instant::now() + patience;
-    loop {
+
+    /// Sends as much as there is room for, without waiting. True: all of it. EPIPE: the client is gone.
+    pub fn step(&mut self, socket: BorrowedFd<'_>) -> Result<bool, Errno> {
         // The descriptors are on their way once a byte is.
-        let fds = if sent == 0 { fds } else { &[] };
-        let rest = tail.get(sent.saturating_sub(head.len())..).unwrap_or(&[]);
-        sent += retry(|| send_first(socket, head.get(sent..).unwrap_or(&[]), rest, fds))?;
-        if sent == total {
-            return Ok(());
-        }
-        wait_for(socket, PollFlags::OUT, deadline)?;
+        let fds = if self.sent == 0 { self.fds } else { &[] };
+        let head = self.head.get(self.sent..).unwrap_or(&[]);
+        let tail = self.tail.get(self.sent.saturating_sub(self.head.len())..).unwrap_or(&[]);
+        self.sent += retry(|| send_first(socket, head, tail, fds))?;
+        Ok(self.sent == self.head.len() + self.tail.len())
     }
 }
 
-/// As [`send_all`], but only as much as there is room for, maybe nothing.
+/// Sends what there is room for of a message, without waiting, maybe nothing; the descriptors go with the first byte.
 pub fn send_some(socket: BorrowedFd<'_>, head: &[u8], tail: &[u8], fds: &[impl AsFd]) -> Result<usize, Errno> {
     retry(|| send_first(socket, head, tail, fds))
 }
@@ -112,17 +110,18 @@ fn retry(mut call: impl FnMut() -> Result<usize, Errno>) -> Result<usize, Errno>
     }
 }
 
-/// Waits until the socket is ready or its other end is gone. ETIMEDOUT at the deadline.
-pub fn wait_for(socket: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> Result<(), Errno> {
+/// Waits until the socket is ready or its other end is gone, and says for what. ETIMEDOUT at the deadline.
+pub fn wait_for(socket: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> Result<PollFlags, Errno> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(Errno::TIMEDOUT);
         }
         let timeout = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
-        match poll(&mut [PollFd::from_borrowed_fd(socket, what)], Some(&timeout)) {
+        let mut ready = [PollFd::from_borrowed_fd(socket, what)];
+        match poll(&mut ready, Some(&timeout)) {
             Ok(0) => return Err(Errno::TIMEDOUT),
-            Ok(_) => return Ok(()),
+            Ok(_) => return Ok(ready[0].revents()),
             Err(Errno::INTR) => {}
             Err(errno) => return Err(errno),
         }

@@ -201,7 +201,8 @@ impl<B: Backend> Call<'_, B> {
         if answer.file.is_some() {
             flags |= VFIO_REGION_INFO_FLAG_MMAP;
         }
-        let cap_offset = if capabilities > 0 && fits { RegionInfo::LENGTH as u32 } else { 0 };
+        // Also where the chain does not fit and the kernel says 0: with CAPS, QEMU takes 0 for an error and gives up.
+        let cap_offset = if capabilities > 0 { RegionInfo::LENGTH as u32 } else { 0 };
         let offset = answer.file.as_ref().map_or(0, |(_, offset)| *offset);
         RegionInfo { argsz: length, flags, index, cap_offset, size: answer.size, offset }.write(&mut self.out.bytes);
         if fits {

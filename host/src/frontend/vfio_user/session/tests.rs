@@ -11,6 +11,7 @@ use crate::frontend::vfio_user::wire::*;
 
 mod bugs;
 mod dma;
+mod model;
 mod requests;
 
 /// A file descriptor that is counted while it is open.

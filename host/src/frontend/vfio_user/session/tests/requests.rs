@@ -75,7 +75,7 @@ fn region_info_without_room_tells_the_room_it_needs_and_brings_no_file() {
         let answer = bench.ask(&ask(room), 0);
         assert_eq!((answer.payload.len(), answer.fds, open.load(Ordering::SeqCst)), (32, 0, 0));
         let (info, _) = RegionInfo::parse(&answer.payload).unwrap();
-        assert_eq!((info.argsz, info.flags, info.cap_offset), (64, 0b1111, 0));
+        assert_eq!((info.argsz, info.flags, info.cap_offset), (64, 0b1111, 32));
     }
     for room in [64, 65, u32::MAX] {
         bench.device.region_file = Some(Fd::open(&open));
