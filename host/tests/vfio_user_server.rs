@@ -2,6 +2,7 @@
 
 mod vfio_user_support;
 
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
@@ -70,6 +71,35 @@ fn a_client_that_goes_in_the_middle_of_a_reply_is_only_gone() {
         served.await_gone(count);
     }
     served.client().read(CONFIG, 0, 4).unwrap();
+}
+
+/// spec: VFU-67
+#[test]
+fn whoever_does_not_say_version_is_disconnected_and_the_next_is_served() {
+    let options = Options { patience: Duration::from_millis(200), ..Options::default() };
+    let served = Served::new(simulated("sim:edu"), options);
+    let version = message(1, Command::Version, &[0, 0, 0, 0], false);
+    for (count, said) in [0, 1, 16, version.len() - 1].into_iter().enumerate() {
+        let mut silent = UnixStream::connect(&served.path).unwrap();
+        silent.write_all(&version[..said]).unwrap();
+        served.await_gone(count as u64 + 1);
+    }
+    // Bytes that trickle in make no difference.
+    let mut slow = UnixStream::connect(&served.path).unwrap();
+    let mut byte = [0];
+    slow.write_all(&version[..4]).unwrap();
+    for next in &version[4..] {
+        std::thread::sleep(Duration::from_millis(50));
+        // It is gone before the last.
+        if slow.write_all(std::slice::from_ref(next)).is_err() {
+            break;
+        }
+    }
+    assert_eq!(slow.read(&mut byte).unwrap_or(0), 0, "no reply");
+    // Whoever has said it may be silent.
+    let mut client = served.client();
+    std::thread::sleep(Duration::from_millis(300));
+    client.read(CONFIG, 0, 4).unwrap();
 }
 
 /// spec: VFU-83

@@ -31,9 +31,6 @@ use crate::memory::ClientAccess;
 /// A client has so long to take a message or to answer a DMA request, unless the server is told otherwise; then its connection
 /// ends. QEMU is as patient with its server.
 pub const CLIENT_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Of the socket, in bytes: some of the longest messages.
-const SEND_BUFFER: usize = 4 << 20;
 /// Receives of a connection that has ended. No more can be in a socket's buffer of the usual size.
 const DRAINS_MAX: usize = 64;
 
@@ -65,6 +62,8 @@ pub enum Failure {
     Send(Errno),
     #[error("receiving: {0}")]
     Receive(Errno),
+    #[error("it did not say VERSION in time")]
+    Silent,
     #[error("the client did not answer a DMA request in time")]
     Unanswered,
     #[error("the device has not let go of the client before")]
@@ -77,6 +76,8 @@ pub enum Failure {
 pub struct Link {
     socket: OwnedFd,
     patience: Duration,
+    /// VERSION must be here by then: whoever never says it would keep others from the device
+    agreed_until: Instant,
     inbound: Mutex<Inbound>,
     changed: Condvar,
     /// Who serves requests
@@ -93,10 +94,11 @@ impl Link {
     pub fn new(socket: OwnedFd, patience: Duration) -> Arc<Self> {
         let inbound = Inbound { session: Session::new(), receiver: Receiver::Nobody, waiting: 0, failure: None };
         // A long reply goes in few steps; the kernel gives as much as the machine allows, and works without.
-        let _larger = sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
+        let _larger = sockopt::set_socket_send_buffer_size(&socket, socket::SEND_BUFFER);
         let (inbound, changed) = (Mutex::new(inbound), Condvar::new());
         let (server, outbound) = (OnceLock::new(), Mutex::default());
-        Arc::new(Self { socket, patience, inbound, changed, server, outbound })
+        let agreed_until = Instant::now() + patience;
+        Arc::new(Self { socket, patience, agreed_until, inbound, changed, server, outbound })
     }
 
     /// What is to be done next; waits for a request if there is none. Only for the one thread that serves.
@@ -121,8 +123,14 @@ impl Link {
             }
             let mut lent = inbound.session.lend();
             inbound.receiver = Receiver::Server;
+            let is_agreed = inbound.session.negotiated().is_some();
             drop(inbound);
-            let received = socket::receive(self.socket.as_fd(), lent.space(), RecvFlags::empty());
+            let ready = if is_agreed {
+                Ok(())
+            } else {
+                socket::wait_for(self.socket.as_fd(), PollFlags::IN, self.agreed_until).map(drop)
+            };
+            let received = ready.and_then(|()| socket::receive(self.socket.as_fd(), lent.space(), RecvFlags::empty()));
             inbound = lock(&self.inbound);
             inbound.session.give_back(lent);
             self.received(&mut inbound, received);
@@ -138,6 +146,8 @@ impl Link {
                 inbound.session.received_with(bytes, fds, fds_lost).err().map(Failure::Violation)
             }
             Err(Errno::AGAIN) => None,
+            // Only before VERSION is there a time to keep.
+            Err(Errno::TIMEDOUT) => Some(Failure::Silent),
             Err(errno) => Some(Failure::Receive(errno)),
         };
         if let Some(failure) = failure {

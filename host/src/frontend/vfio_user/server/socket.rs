@@ -20,6 +20,9 @@ use crate::frontend::vfio_user::wire::MSG_FDS_MAX;
 /// `SCM_MAX_FD`: as many as the kernel lets into one message. With room for all, none is dropped unseen.
 const KERNEL_FDS_MAX: usize = 253;
 
+/// Bytes that are asked for to be sent and not taken yet: some of the longest messages.
+pub const SEND_BUFFER: usize = 4 << 20;
+
 /// What one receive brought.
 #[derive(Debug, Default)]
 pub struct Received {
