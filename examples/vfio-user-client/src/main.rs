@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
 use vfio_mediate::frontend::vfio_user::client::{Client, Guest, Policy, migrate};
 use vfio_mediate::frontend::vfio_user::wire::DmaMap;
 
@@ -31,13 +32,20 @@ fn show(socket: &Path) -> Result<()> {
     client.region_read(CONFIG, 0, &mut ids)?;
     println!("device {:02x}{:02x}:{:02x}{:02x}", ids[1], ids[0], ids[3], ids[2]);
     for index in 0..info.num_regions {
-        let region = client.region_info(index)?;
+        // Indices have fixed meanings, and the VGA region is one that most devices do not have.
+        let region = match client.region_info(index) {
+            Err(error) if error.refusal() == Some(Errno::INVAL) => continue,
+            region => region?,
+        };
         if region.size > 0 {
             println!("region {index}: {} bytes, flags {:#x}, {:?}", region.size, region.flags, region.capabilities);
         }
     }
     for index in 0..info.num_irqs {
-        println!("irq {index}: {} vectors", client.irq_info(index)?.count);
+        match client.irq_info(index) {
+            Err(error) if error.refusal() == Some(Errno::INVAL) => {}
+            irq => println!("irq {index}: {} vectors", irq?.count),
+        }
     }
     Ok(())
 }

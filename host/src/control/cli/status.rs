@@ -30,7 +30,11 @@ fn told(status: &Status) -> Vec<String> {
     let mut lines = vec![
         format!("guest     {guest}: {}", status.explanation),
         format!("process   {}, version {}, up {} s", status.pid, status.program_version, status.uptime_ms / 1000),
-        format!("memory    {}", ByteSize(status.memory_bytes)),
+        match status.memory_bytes {
+            // A host that serves devices has none of its own.
+            0 => "memory    its clients'".to_owned(),
+            bytes => format!("memory    {}", ByteSize(bytes)),
+        },
     ];
     if let Some(doubt) = &status.in_doubt {
         lines.push(format!("in doubt  migration {} with {}: {}", doubt.id, doubt.peer, doubt.explanation));
