@@ -125,14 +125,16 @@ impl Shared {
         self.maps().values().copied().collect()
     }
 
-    /// Gives the VM's memory back a map of this device.
-    pub fn leave(&self, map: &IovaMapping) -> Result<(), MemoryError> {
+    /// Gives the VM's memory back a map of this device. `last` is called when its dirt is complete, and its place in the log still
+    /// its own.
+    pub fn leave(&self, map: &IovaMapping, last: impl FnOnce()) -> Result<(), MemoryError> {
         match self.memory.ram() {
             Some(_) => {
+                last();
                 self.memory.leave(map);
                 Ok(())
             }
-            None => self.memory.leave_client(map, self.holder),
+            None => self.memory.leave_client(map, self.holder, last),
         }
     }
 
@@ -238,7 +240,7 @@ impl Drop for Shared {
             }
         }
         for map in &mappings {
-            if let Err(error) = self.leave(map) {
+            if let Err(error) = self.leave(map, || {}) {
                 tracing::warn!(device = %self.device.identity().name, %error, "a client's memory is still being copied");
             }
         }

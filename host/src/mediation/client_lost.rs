@@ -26,10 +26,11 @@ impl MediatedDevice {
     pub fn client_lost(&self) -> Result<()> {
         let token = self.lane.enter(self.drain_deadline())?;
         let quiet = || {
-            self.unwire_irqs();
-            let done = self.unmap_all(self.end_bus_mastering());
-            let active = lock(&self.tracking).take();
-            done.and(active.map_or(Ok(()), |active| Ok(self.end_tracking(&active)?)))
+            let irqs = self.unwire_irqs();
+            self.ioeventfds.clear();
+            let quiet = self.end_bus_mastering();
+            let done = self.unmap_all(irqs.and(quiet));
+            done.and(self.end_lost_tracking())
         };
         // A device that sleeps is resumed for it.
         let mut done = Ok(());
@@ -38,7 +39,10 @@ impl MediatedDevice {
             Ok(())
         });
         let done = match alone {
-            Ok(()) => done.and_then(|()| self.switch_table(TrapMap::Normal)),
+            Ok(()) => {
+                let table = self.switch_table(TrapMap::Normal);
+                done.and(table)
+            }
             // Failed or closed: nobody else gets in any more.
             Err(MediationError::Close(CloseError::Gone(_))) => quiet(),
             // Failed just now, with accesses in it that do not end.
@@ -50,27 +54,42 @@ impl MediatedDevice {
         done
     }
 
-    /// Hooks that keep eventfds of their own are told, too.
-    fn unwire_irqs(&self) {
-        let mut indices = self.shared.irqs.indices();
+    /// What did not end is still there, to be ended when this is repeated.
+    fn end_lost_tracking(&self) -> Result<()> {
+        let Some(active) = lock(&self.tracking).take() else { return Ok(()) };
+        let ended = self.end_tracking(&active);
+        if ended.is_err() && !self.has_failed() {
+            *lock(&self.tracking) = Some(active);
+        }
+        Ok(ended?)
+    }
+
+    /// Hooks that keep eventfds of their own are told, too. Whatever they say, the device lets go of the client's; an index that it
+    /// does not let go of keeps its eventfds here, to be tried again.
+    fn unwire_irqs(&self) -> Result<()> {
+        let armed = self.shared.irqs.indices();
+        let mut indices = armed.clone();
         if let Some(plugin) = &self.plugin {
             indices.extend(plugin.irq_claims().iter().filter(|claim| claim.has_set_irqs).map(|claim| claim.index));
         }
         indices.sort_unstable();
         indices.dedup();
+        let mut done = Ok(());
         for index in indices {
             let off = IrqSet { index, start: 0, count: 0, action: IrqAction::Trigger, data: IrqData::None };
-            let done = self.offer_irqs(&off).and_then(|_handled| {
-                // Also where a hook has handled it: the eventfds are the client's.
-                let refused = |errno: Errno| MediationError::refused(format!("irqs of index {index}"), errno);
-                self.shared.default_set_irqs(&off).map_err(refused)
-            });
-            if let Err(error) = done {
-                // Not armed in the device, or the device is gone.
-                tracing::debug!(device = %self.identity().name, index, %error, "disarming after the client was lost");
+            if let Err(error) = self.offer_irqs(&off) {
+                tracing::warn!(device = %self.identity().name, index, %error, "a hook, told that the client was lost");
             }
-            self.shared.irqs.clear(index);
+            // Also where a hook has handled it: the eventfds are the client's.
+            match self.shared.default_set_irqs(&off) {
+                Err(errno) if armed.contains(&index) && errno != Errno::NODEV && !self.has_failed() => {
+                    done = done.and(Err(MediationError::refused(format!("disarming index {index}"), errno)));
+                }
+                // Not armed in the device, or the device is gone.
+                _ => self.shared.irqs.clear(index),
+            }
         }
+        done
     }
 
     fn end_bus_mastering(&self) -> Result<()> {
@@ -89,6 +108,6 @@ impl MediatedDevice {
     }
 
     fn unmap_all(&self, before: Result<()>) -> Result<()> {
-        self.shared.mappings().iter().fold(before, |done, map| done.and(self.unmap(map, |_| {})))
+        self.shared.mappings().iter().fold(before, |done, map| done.and(self.unmap(map, || {})))
     }
 }

@@ -11,7 +11,7 @@ use super::device::MediatedDevice;
 use super::error::{MediationError, Result};
 use super::gate::Class;
 use crate::device::{Backend, DmaMap};
-use crate::memory::{ClientMap, ClientSource, IovaMapping, Report, Taken};
+use crate::memory::{ClientMap, ClientSource, IovaMapping, MemoryError, Report, Taken};
 use crate::sys::DmaMemory;
 
 /// A real device cannot ask a client for bytes. Firmware that a VMM has in no file is small and not what devices read: such a
@@ -91,8 +91,11 @@ impl MediatedDevice {
         }
         let accepted = self.event(abi::EVENT_DMA_MAP, [iova, length, u64::from(write)]);
         if let Err(refused) = accepted {
-            if in_device {
-                self.device().dma_unmap(iova, length)?;
+            if in_device && let Err(kept) = self.device().dma_unmap(iova, length) {
+                // It reaches the memory still: the map stays, so that its writes are reported and the end takes it away.
+                tracing::error!(device = %self.identity().name, iova, length, %kept, "a refused map stays");
+                self.shared.maps().insert(iova, map);
+                return Ok(());
             }
             return Err(refused);
         }
@@ -107,14 +110,15 @@ impl MediatedDevice {
         self.in_lane(|| {
             self.with_pass(Class::Control, || {
                 let inside = self.maps_inside(iova, length)?;
-                inside.iter().try_for_each(|map| self.unmap(map, |_| {}))
+                inside.iter().try_for_each(|map| self.unmap(map, || {}))
             })
         })
     }
 
     /// As [`Self::dma_unmap`], and ORs the dirty pages of what was unmapped into `bitmap`: the last chance to learn of them.
     /// The arguments are [`Self::dirty_report`]'s, and so is what to do with what was taken (it matters to the VM's other devices
-    /// that have the same map). EINVAL, and nothing is unmapped, where nobody tracks.
+    /// that have the same map). EINVAL, and nothing is unmapped, where nobody tracks. After another error some may have been unmapped,
+    /// whose pages `bitmap` has.
     pub fn dma_unmap_dirty(&self, iova: u64, length: u64, page_size: u64, bitmap: &mut [u8]) -> Result<Taken> {
         self.in_lane(|| {
             let mut report = Report::new(iova, length, page_size, bitmap)?;
@@ -124,27 +128,33 @@ impl MediatedDevice {
             self.with_pass(Class::Control, || {
                 let mut taken = Taken::new(&self.shared.memory);
                 let inside = self.maps_inside(iova, length)?;
-                inside.iter().try_for_each(|map| self.unmap(map, |map| taken.take(map, &mut report)))?;
+                for map in &inside {
+                    match self.unmap(map, || taken.take(map, &mut report)) {
+                        // The map is gone, and a copy into it may not have ended.
+                        Err(MediationError::Memory(MemoryError::Busy { .. })) => taken.take_all(map, &mut report),
+                        done => done?,
+                    }
+                }
                 Ok(taken)
             })
         })
     }
 
-    /// One map. `last` is called when its dirt is complete and in the log, and its place there still its own.
-    pub(super) fn unmap(&self, map: &IovaMapping, last: impl FnOnce(&IovaMapping)) -> Result<()> {
+    /// One map. `last` is called when its dirt is complete and in the log, that of copies on their way included, and its place there
+    /// still its own.
+    pub(super) fn unmap(&self, map: &IovaMapping, last: impl FnOnce()) -> Result<()> {
         self.device().dma_unmap(map.iova, map.length)?;
         // After: nothing more is written. Before the map is forgotten: the report needs it.
         self.sync_map(map);
-        last(map);
         self.shared.maps().remove(&map.iova);
         // The VM's other devices go on using theirs.
-        let left = self.shared.leave(map);
+        let left = self.shared.leave(map, last);
         self.tell(abi::EVENT_DMA_UNMAP, [map.iova, map.length, 0]);
         Ok(left?)
     }
 
     fn leave(&self, map: &IovaMapping) {
-        if let Err(error) = self.shared.leave(map) {
+        if let Err(error) = self.shared.leave(map, || {}) {
             tracing::warn!(device = %self.identity().name, %error, "a client's memory is still being copied");
         }
     }

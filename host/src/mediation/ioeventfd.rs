@@ -65,6 +65,15 @@ impl IoEventFds {
         is_watched && take(fd)
     }
 
+    /// None is watched any more.
+    pub fn clear(&self) {
+        let mut state = lock(&self.state);
+        let old = std::mem::take(&mut state.watched);
+        wake_up(&state);
+        drop(state);
+        drop(old);
+    }
+
     /// Ends the thread. Nothing is written afterwards, unless this *is* that thread, which then ends by itself.
     pub fn stop(&self) {
         let (poller, watched) = {

@@ -17,14 +17,13 @@ use crate::sys::{DmaMemory, Mapping};
 const TMPFS: i64 = 0x0102_1994;
 const RAMFS: i64 = 0x8584_58F6;
 const HUGETLBFS: i64 = 0x9584_58F6;
-const LOCAL: [i64; 7] = [
+const LOCAL: [i64; 6] = [
     TMPFS,
     RAMFS,
     HUGETLBFS,
     0xEF53,      // ext2, ext3, ext4
     0x5846_5342, // xfs
     0x9123_683E, // btrfs
-    0x794C_7630, // overlayfs
 ];
 
 /// Which memory a file is: equal for every descriptor of it.
@@ -71,10 +70,7 @@ impl ClientFile {
         }
         let system = rustix::fs::fstatfs(fd).map_err(unknown)?.f_type as i64 & 0xFFFF_FFFF;
         if !LOCAL.contains(&system) {
-            return Err(refused(
-                "its file system is none of tmpfs, hugetlbfs, ext4, xfs, btrfs, overlayfs",
-                Errno::INVAL,
-            ));
+            return Err(refused("its file system is none of tmpfs, hugetlbfs, ext4, xfs, btrfs", Errno::INVAL));
         }
         let access = flags & OFlags::ACCMODE;
         if access == OFlags::WRONLY {

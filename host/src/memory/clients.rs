@@ -191,7 +191,14 @@ impl Clients {
 
     /// Entries that are not in the table any more. When this returns nobody copies from or to them; EBUSY where somebody does
     /// for so long that he is not waited for: their places stay taken until he ends.
-    pub(super) fn retire(&self, entries: Vec<Entry>, log: &DirtyLog) -> Result<(), MemoryError> {
+    ///
+    /// `last` is told of each when its dirt is complete, and its place still its own.
+    pub(super) fn retire(
+        &self,
+        entries: Vec<Entry>,
+        log: &DirtyLog,
+        mut last: impl FnMut(&IovaMapping),
+    ) -> Result<(), MemoryError> {
         let deadline = Instant::now() + COPY_WAIT;
         let mut result = Ok(());
         for entry in entries {
@@ -204,6 +211,7 @@ impl Clients {
             {
                 result = Err(MemoryError::Busy { iova: entry.map.iova });
             }
+            last(&entry.map);
             self.places().retired.push(Retired { map: entry.map, block });
         }
         let gone = self.places().sweep(log);
@@ -322,10 +330,17 @@ impl AddressSpace {
 
     /// Gives a map back; it goes when the last holder has given it back, and then nobody copies from or to it any more. EBUSY
     /// where that cannot be waited for: it is gone all the same. Nothing happens where it has been unmapped for all.
-    pub fn leave_client(&self, map: &IovaMapping, holder: u64) -> Result<(), MemoryError> {
+    ///
+    /// `last` is called when what was written there, also by copies that were on their way, is in the log, and its place there is
+    /// still its own. (What a client writes itself, because it was asked by a message, it knows.)
+    pub fn leave_client(&self, map: &IovaMapping, holder: u64, last: impl FnOnce()) -> Result<(), MemoryError> {
         let clients = self.clients()?;
         let mut maps = self.write_maps();
-        let Some(entry) = maps.get_mut(&map.iova).filter(|entry| entry.map == *map) else { return Ok(()) };
+        let Some(entry) = maps.get_mut(&map.iova).filter(|entry| entry.map == *map) else {
+            drop(maps);
+            last();
+            return Ok(());
+        };
         let mut left = Vec::new();
         let is_last = match &mut entry.backing {
             Backing::Ram => false,
@@ -338,11 +353,21 @@ impl AddressSpace {
                 holders.is_empty()
             }
         };
-        let last = if is_last { maps.remove(&map.iova) } else { None };
+        let gone = if is_last { maps.remove(&map.iova) } else { None };
         drop(maps);
         // The client's way to be asked ends under no lock.
         drop(left);
-        clients.retire(last.into_iter().collect(), &self.log)
+        let Some(gone) = gone else {
+            // Others go on writing there, and what they write is reported to them.
+            last();
+            return Ok(());
+        };
+        let mut last = Some(last);
+        clients.retire(vec![gone], &self.log, |_| {
+            if let Some(last) = last.take() {
+                last();
+            }
+        })
     }
 
     pub(super) fn read_clients(&self, iova: u64, data: &mut [u8]) -> Result<(), MemoryError> {

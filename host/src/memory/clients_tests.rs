@@ -5,6 +5,7 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 
 use super::*;
+use crate::memory::{Report, Taken};
 use crate::sys::{Mapping, Seal, memfd};
 
 const P: u64 = PAGE_SIZE;
@@ -193,7 +194,7 @@ fn a_file_gives_no_more_than_its_descriptor_and_its_seals_do() {
         assert_eq!(errno(space.join_client(file(&fd, IOVA + 8 * P, 2, 0), 1)), Errno::ACCESS);
         let rom = ClientMap { write: false, ..file(&fd, IOVA + 8 * P, 2, 0) };
         let joined = space.join_client(rom, 1).unwrap();
-        space.leave_client(&joined.map, 1).unwrap();
+        space.leave_client(&joined.map, 1, || {}).unwrap();
     }
 }
 
@@ -270,15 +271,15 @@ fn the_same_memory_is_joined_and_any_other_is_refused() {
         assert_eq!(errno(space.join_client(map, 3)), Errno::EXIST);
     }
     assert_eq!(space.mappings(), [first.map]);
-    space.leave_client(&first.map, 1).unwrap();
+    space.leave_client(&first.map, 1, || {}).unwrap();
     space.write(IOVA, &[1]).unwrap();
-    space.leave_client(&first.map, 2).unwrap();
+    space.leave_client(&first.map, 2, || {}).unwrap();
     assert_eq!(space.write(IOVA, &[1]).unwrap_err().errno(), Errno::FAULT);
     // Not there any more: nothing happens.
-    space.leave_client(&first.map, 2).unwrap();
+    space.leave_client(&first.map, 2, || {}).unwrap();
     let third = space.join_client(file(&other, IOVA, 4, P), 3).unwrap();
     // It may have the first one's place; who has left does not take it away.
-    space.leave_client(&first.map, 1).unwrap();
+    space.leave_client(&first.map, 1, || {}).unwrap();
     assert_eq!(space.mappings(), [third.map]);
     assert_eq!(errno(space.join_client(file(&other, IOVA, 4, P), 3)), Errno::EXIST);
 }
@@ -309,10 +310,10 @@ fn messages_go_to_whoever_answers_and_each_device_has_its_own_client() {
     assert_eq!(dirty(&space), [1], "unknown is dirty");
     assert!(first.memory.read(4 * P - 1, &mut [0; 2]).is_err(), "beyond the map");
     other.refuses.store(false, Ordering::SeqCst);
-    space.leave_client(&first.map, 1).unwrap();
+    space.leave_client(&first.map, 1, || {}).unwrap();
     assert_eq!(Arc::strong_count(&one), 2, "only what its device was given is left");
     space.read(IOVA, &mut seen).unwrap();
-    space.leave_client(&second.map, 2).unwrap();
+    space.leave_client(&second.map, 2, || {}).unwrap();
     assert!(space.mappings().is_empty());
 }
 
@@ -328,7 +329,7 @@ impl ClientAccess for Nested {
         let joined = self.space.join_client(file(&self.fd, IOVA + 16 * P, 1, 0), 7).map_err(|error| error.errno())?;
         self.space.write(IOVA + 16 * P, &[9]).map_err(|error| error.errno())?;
         data.fill(9);
-        self.space.leave_client(&joined.map, 7).map_err(|error| error.errno())
+        self.space.leave_client(&joined.map, 7, || {}).map_err(|error| error.errno())
     }
 
     fn write(&self, _: u64, _: &[u8]) -> Result<(), Errno> {
@@ -398,8 +399,8 @@ fn the_limit_holds_and_what_is_given_back_is_room_again() {
     space.join_client(file(&fd, IOVA, 16, 0), 2).unwrap();
     let asked = Asked::new(0, 1);
     assert_eq!(errno(space.join_client(by_messages(&asked, 0, 1), 1)), Errno::NOSPC);
-    space.leave_client(&one.map, 1).unwrap();
-    space.leave_client(&one.map, 2).unwrap();
+    space.leave_client(&one.map, 1, || {}).unwrap();
+    space.leave_client(&one.map, 2, || {}).unwrap();
     space.write(IOVA, &[1]).unwrap_err();
     for at in 0..16 {
         space.join_client(file(&fd, IOVA + at * 2 * P, 1, at * P), 1).unwrap();
@@ -421,7 +422,7 @@ fn a_place_comes_back_clean() {
     let fd = sealed(4);
     let joined = space.join_client(file(&fd, IOVA, 4, 0), 1).unwrap();
     space.write(IOVA, &vec![1; 4 * P as usize]).unwrap();
-    space.leave_client(&joined.map, 1).unwrap();
+    space.leave_client(&joined.map, 1, || {}).unwrap();
     let joined = space.join_client(file(&fd, IOVA, 3, 0), 1).unwrap();
     assert!(dirty(&space).is_empty());
     space.mark_dirty(IOVA + 2 * P, 1).unwrap();
@@ -499,7 +500,7 @@ fn nobody_copies_any_more_when_a_map_has_gone() {
                 while !writing.load(Ordering::SeqCst) {
                     std::thread::yield_now();
                 }
-                space.leave_client(&joined.map, 1).unwrap();
+                space.leave_client(&joined.map, 1, || {}).unwrap();
                 // It is the client's again.
                 let (mark, mut seen) = (vec![0xEE; 256 * P as usize], vec![0; 256 * P as usize]);
                 rustix::io::pwrite(&fd, &mark, 0).unwrap();
@@ -507,6 +508,43 @@ fn nobody_copies_any_more_when_a_map_has_gone() {
                 rustix::io::pread(&fd, &mut seen, 0).unwrap();
                 assert!(seen == mark, "round {round}");
             });
+        }
+    }
+}
+
+/// Copies that are on their way while a map goes: either nothing of them is there, or the last report has them.
+///
+/// spec: VFU-77
+#[test]
+fn what_is_written_while_a_map_goes_is_told_with_it() {
+    const PAGES: u64 = 256;
+    let fd = sealed(PAGES);
+    for round in 0..100 {
+        rustix::io::pwrite(&fd, &vec![0; (PAGES * P) as usize], 0).unwrap();
+        let space = space(1024);
+        let joined = space.join_client(file(&fd, IOVA, PAGES, 0), 1).unwrap();
+        let writing = AtomicBool::new(false);
+        let mut bitmap = [0; (PAGES / 8) as usize];
+        let mut report = Report::new(IOVA, PAGES * P, P, &mut bitmap).unwrap();
+        let mut taken = Taken::new(&space);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut pages = (0..PAGES).cycle();
+                while pages.next().is_some_and(|page| space.write(IOVA + page * P, &[1]).is_ok()) {
+                    writing.store(true, Ordering::SeqCst);
+                }
+            });
+            while !writing.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+            space.leave_client(&joined.map, 1, || taken.take(&joined.map, &mut report)).unwrap();
+        });
+        taken.commit();
+        for page in 0..PAGES {
+            let mut byte = [0];
+            rustix::io::pread(&fd, &mut byte, page * P).unwrap();
+            let told = bitmap[(page / 8) as usize] >> (page % 8) & 1;
+            assert!(byte[0] <= told, "round {round}: page {page} was written, and not told");
         }
     }
 }
@@ -527,7 +565,7 @@ fn a_part_of_a_huge_page_is_mapped_with_the_whole_of_it() {
             let mut seen = [0; 2];
             whole.read(HUGE - 1, &mut seen).unwrap();
             assert_eq!(&seen, b"ab");
-            space.leave_client(&joined.map, 1).unwrap();
+            space.leave_client(&joined.map, 1, || {}).unwrap();
         }
         // None are set aside.
         Err(error) => assert_eq!(error.errno(), Errno::NOMEM),

@@ -212,7 +212,7 @@ impl AddressSpace {
         drop(maps);
         match &self.kind {
             Kind::Ram(_) => {}
-            Kind::Clients(clients) => clients.retire(removed, &self.log)?,
+            Kind::Clients(clients) => clients.retire(removed, &self.log, |_| {})?,
         }
         Ok(inside)
     }

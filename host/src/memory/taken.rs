@@ -76,8 +76,15 @@ impl Taken {
                 self.parts.push((page, words));
             }
             page += count;
-            base += count * PAGE_SIZE;
+            // The last part may end with the last address.
+            base = base.wrapping_add(count * PAGE_SIZE);
         }
+    }
+
+    /// Of a map that somebody may still write: all of it is dirty.
+    pub fn take_all(&mut self, map: &IovaMapping, report: &mut Report<'_>) {
+        let Some((first, last)) = report.part_of(map) else { return };
+        set_bits(report.bitmap, (first - report.iova) / report.page_size, (last - report.iova) / report.page_size);
     }
 
     /// The client has been told.

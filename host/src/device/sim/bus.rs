@@ -182,19 +182,23 @@ impl Bus {
     }
 }
 
-/// A DMA from begin to end, of a model whose lock the caller holds: it is let go while a client is asked, and taken again.
+/// A DMA from begin to end, of a model whose lock the caller holds: it is let go while a client is asked, and taken again. `moved` is
+/// called whenever bytes have moved, before anybody else can look.
 pub(super) fn transfer<'a, T>(
     mut state: MutexGuard<'a, T>,
     lock: impl Fn() -> MutexGuard<'a, T>,
     bus: impl Fn(&mut T) -> &mut Bus,
+    moved: impl Fn(&mut T, &Transfer),
     transfer: &mut Transfer,
 ) -> MutexGuard<'a, T> {
     while let Some(ask) = bus(&mut state).advance(transfer) {
+        moved(&mut state, transfer);
         drop(state);
-        let moved = ask.perform(transfer);
+        let answer = ask.perform(transfer);
         state = lock();
-        bus(&mut state).dma.answered(transfer, &ask, moved);
+        bus(&mut state).dma.answered(transfer, &ask, answer);
     }
+    moved(&mut state, transfer);
     state
 }
 

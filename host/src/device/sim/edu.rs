@@ -179,7 +179,7 @@ impl Inner {
                     true => Transfer::to_memory(iova, data),
                     false => Transfer::from_memory(iova, data),
                 };
-                state = bus::transfer(state, || self.state(), |state| &mut state.bus, &mut transfer);
+                state = bus::transfer(state, || self.state(), |state| &mut state.bus, |_, _| {}, &mut transfer);
                 if state.powered != powered {
                     return;
                 }

@@ -189,10 +189,12 @@ impl Stateful {
     /// Performs kept doorbells. The lock is let go while a client is asked.
     fn perform_doorbells<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         while let Some(mut transfer) = state.next_doorbell() {
-            state = bus::transfer(state, || self.state(), |state| &mut state.bus, &mut transfer);
-            if let Some(log) = &mut state.log {
-                transfer.written().iter().for_each(|(iova, length)| log.mark(*iova, *length));
-            }
+            let mark = |state: &mut State, transfer: &Transfer| {
+                if let Some(log) = &mut state.log {
+                    transfer.written().iter().for_each(|(iova, length)| log.mark(*iova, *length));
+                }
+            };
+            state = bus::transfer(state, || self.state(), |state| &mut state.bus, mark, &mut transfer);
             if state.registers.irq_enable != 0 {
                 state.bus.irqs.send_msi(0);
             }

@@ -80,9 +80,23 @@ impl DeviceBackend {
         Ok(())
     }
 
-    /// Of a client that is gone: memory, interrupts, logging. What fails is tried again before the next client is served.
+    /// Of a client that is gone: memory, interrupts, logging. What fails is tried again, at the latest before the next client is served.
     fn let_go(&mut self) -> Result<(), MediationError> {
         self.device.client_lost().inspect_err(|_| self.lost = true)
+    }
+
+    /// The device has not let go of the last client.
+    pub fn owes(&self) -> bool {
+        self.lost
+    }
+
+    /// One more try.
+    pub fn settle(&mut self) {
+        if std::mem::replace(&mut self.lost, false)
+            && let Err(error) = self.let_go()
+        {
+            tracing::warn!(device = %self.device.identity().name, %error, "still not let go of a client's memory and interrupts");
+        }
     }
 
     /// The client is gone, and nobody waits for it.
@@ -229,7 +243,8 @@ impl Backend for DeviceBackend {
 
     fn logging_stop(&mut self) -> Result<(), Errno> {
         self.device.stop_tracking();
-        Ok(())
+        // Somebody else had the device all the while.
+        if self.device.is_tracking() { Err(Errno::BUSY) } else { Ok(()) }
     }
 
     fn logging_report(&mut self, report: &LoggingReport, bitmap: &mut [u8]) -> Result<(), Errno> {

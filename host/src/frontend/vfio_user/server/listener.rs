@@ -62,7 +62,9 @@ impl Listener {
         let listens = sockopt::socket_acceptconn(&socket).unwrap_or(false);
         let stream = sockopt::socket_type(&socket).is_ok_and(|kind| kind == SocketType::STREAM);
         let unix = sockopt::socket_domain(&socket).is_ok_and(|family| family == AddressFamily::UNIX);
-        if listens && stream && unix { Ok(Self { socket, place: None }) } else { Err(ListenError::NotListening) }
+        // Somebody else may have it too, and take the client for which this one was woken.
+        let waits_for_none = listens && stream && unix && rustix::io::ioctl_fionbio(&socket, true).is_ok();
+        if waits_for_none { Ok(Self { socket, place: None }) } else { Err(ListenError::NotListening) }
     }
 
     pub fn path(&self) -> Option<&Path> {

@@ -24,7 +24,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::backend::{DeviceBackend, Options};
@@ -107,8 +107,8 @@ impl Drop for Server {
 
 fn serve_all(shared: &Shared, device: &Arc<MediatedDevice>, listener: &Listener, options: Options) {
     let mut backend = DeviceBackend::new(Arc::clone(device), options);
-    let name = &device.identity().name;
-    while wait_for_client(shared, listener) {
+    let name = device.identity().name.clone();
+    while wait_for_client(shared, listener, &mut backend) {
         let socket = match listener.accept() {
             Ok(socket) => socket,
             // Gone again, or nobody's fault that lasts.
@@ -127,16 +127,23 @@ fn serve_all(shared: &Shared, device: &Arc<MediatedDevice>, listener: &Listener,
 /// After an accept that failed for lack of something.
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
 
+/// Between two tries to let go of a client that is lost.
+const SETTLE_PAUSE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
 /// False: it is time to end.
-fn wait_for_client(shared: &Shared, listener: &Listener) -> bool {
+fn wait_for_client(shared: &Shared, listener: &Listener, backend: &mut DeviceBackend) -> bool {
     loop {
         if lock(&shared.current).stopping {
             return false;
         }
         let mut ready = [PollFd::new(&shared.stop, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-        // EINTR: once more.
-        if poll(&mut ready, None).is_ok() && !ready[1].revents().is_empty() {
-            return !lock(&shared.current).stopping;
+        // What the device has not let go of is not left to the next client, who may never come.
+        let pause = backend.owes().then_some(&SETTLE_PAUSE);
+        match poll(&mut ready, pause) {
+            Ok(0) => backend.settle(),
+            Ok(_) if !ready[1].revents().is_empty() => return !lock(&shared.current).stopping,
+            // EINTR: once more.
+            _ => {}
         }
     }
 }
